@@ -1,0 +1,43 @@
+# Needs make and Python 3.10 or newer; everything else goes into $(VENV), once.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test readme docs-check clean
+.NOTPARALLEL:
+
+help: ## list these commands
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
+
+demo: $(INSTALLED) ## train on 8gaussians (about 2 minutes), print the distances, draw the paths
+	$(BIN)/nsgf demo
+
+test: $(INSTALLED) ## run every notebook, then pytest
+	@$(BIN)/python -c "from nbdev.doclinks import nbglob; import sys; sys.exit(None if nbglob() else 'nbdev finds no notebook to test.')"
+	MPLBACKEND=agg OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
+	MPLBACKEND=agg $(BIN)/python -m pytest
+
+readme: $(INSTALLED) ## make README.md from nbs/index.ipynb
+	$(BIN)/python tools/readme.py
+
+docs-check: $(INSTALLED) ## make the package, clean notebooks and README.md again; fail if git sees a change
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python tools/readme.py
+	@changed=$$(git status --porcelain -- nsgf_nb nbs README.md README_files) && test -z "$$changed" \
+	|| { echo "These files are out of step with the notebooks, or not committed:"; echo "$$changed"; exit 1; } >&2
+
+clean: ## remove the environment, builds and caches (not runs/)
+	rm -rf $(VENV) build dist *.egg-info _proc _docs nbs/sidebar.yml .pytest_cache .hypothesis
+	find nsgf_nb nbs tests tools -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+
+$(INSTALLED): settings.ini setup.py pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" 2>/dev/null \
+	|| { echo "nsgf_nb needs Python 3.10 or newer, which '$(PYTHON)' is not: name one with 'make PYTHON=/path/to/python3'." >&2; exit 1; }
+	@echo "Installing nsgf_nb and what it needs into $(VENV): once, and some minutes, as PyTorch is a large download."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
