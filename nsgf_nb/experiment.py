@@ -23,13 +23,13 @@ class Experiment:
     config: NSGFConfig              # of the model; its seed is replaced by the run's
     w2_draws: int = 10              # pairs of 1,024 points for W2
     sw2_draws: int = 3              # pairs of 100,000 points for SW2
-    floor_pairs: int = 30           # pairs of target draws for each floor
+    floor_pairs: int = 60           # pairs of target draws for each floor
     w2_points: int = 1024
     sw2_points: int = 100_000
     steps: tuple = (10, 100)        # Euler steps at which it is measured
 
 EXPERIMENTS = {f"2d-{target}": Experiment(target, NSGFConfig()) for target in TARGETS}
-DEMO = Experiment("8gaussians", NSGFConfig(pool_size=2**17, train_steps=3000), w2_draws=5, floor_pairs=10, steps=(10,))
+DEMO = Experiment("8gaussians", NSGFConfig(pool_size=2**18, train_steps=6000), floor_pairs=20, steps=(10,))
 
 # %% ../nbs/10_experiment.ipynb #10-09
 def measure_floors(
@@ -138,7 +138,7 @@ def run(
     model = _train(e, seed, device, progress, folder)
     trained = time.perf_counter()
     floors = floors or measure_floors(e)
-    result = dict(experiment=name, seed=seed, command=f"nsgf {'demo' if name == 'demo' else 'train ' + name} --seeds {seed}",
+    result = dict(experiment=name, seed=seed, command=f"nsgf demo --seed {seed}" if name == "demo" else f"nsgf train {name} --seeds {seed}",
         protocol=dataclasses.asdict(e), made_with=_circumstances(model), floors=floors, measured=measure(e, model, floors, seed),
         w2_along_the_way=along_the_way(e, model), loss=model.losses[-500:].mean().item(),
         seconds=dict(model.seconds, measuring=time.perf_counter() - trained, total=time.perf_counter() - start))
@@ -149,20 +149,20 @@ def run(
 # %% ../nbs/10_experiment.ipynb #10-18
 def _report(r):
     "Two lines a number of steps, for people."
-    s, lines = r["seconds"], []
+    s, lines = r.get("seconds"), []
     for steps, found in r["measured"].items():
         for name, label in (("w2", "W2 "), ("sw2", "SW2")):
             m, f = found[name], r["floors"][name]
             lines.append(f"{int(steps):4d} steps  {label} {m['mean']:.4f} ± {m['se']:.4f}   floor {f['mean']:.4f} ± {f['se']:.4f}"
                          f"   ratio {m['ratio']:.2f} ± {m['ratio_se']:.2f}   ({f['n']:,} points)")
-    lines.append(f"pool {s['pool']:.1f} s, training {s['training']:.1f} s, measuring {s['measuring']:.1f} s")
+    if s: lines.append(f"pool {s['pool']:.1f} s, training {s['training']:.1f} s, measuring {s['measuring']:.1f} s")
     return "\n".join(lines)
 
 # %% ../nbs/10_experiment.ipynb #10-22
 def _demo(args):
     print("NSGF learns to carry N(0, I) onto 8gaussians; about two minutes on two CPU cores.")
-    print(_report(run("demo", DEMO, args.seeds[0], args.out, device=args.device)))
-    _say_where(Path(args.out)/"demo"/f"seed{args.seeds[0]}")
+    print(_report(run("demo", DEMO, args.seed, args.out, device=args.device)))
+    _say_where(Path(args.out)/"demo"/f"seed{args.seed}")
 
 def _say_where(folder): print(f"wrote {folder}/: paths.png (the picture), model.safetensors (the weights), result.json (the numbers)")
 
@@ -201,7 +201,7 @@ def _evaluate(args):
     e = EXPERIMENTS[f"2d-{target}"]
     print(f"{args.path} against {target}: measuring floors and distances …", flush=True)
     floors = measure_floors(e)
-    print(_report(dict(floors=floors, measured=measure(e, model, floors, args.seed), seconds=None)))
+    print(_report(dict(floors=floors, measured=measure(e, model, floors, args.seed))))
 
 # %% ../nbs/10_experiment.ipynb #10-24
 def _info(args):
@@ -229,18 +229,17 @@ def _parser():
     demo = verb("demo", _demo, "learn 8gaussians in about two minutes; print W2 and SW2, draw the paths")
     train = verb("train", _train_command, "run an experiment at full budget: " + ", ".join(["2d", *EXPERIMENTS]))
     train.add_argument("name", choices=["2d", *EXPERIMENTS], metavar="NAME", help="the experiment; 2d stands for all five")
-    for v in (demo, train):
-        v.add_argument("--seeds", type=int, nargs="+", default=[0], help="a run for each (default: 0)")
-        v.add_argument("--out", default="runs", help="folder for the results (default: runs)")
+    train.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each (default: 0)")
+    for v in (demo, train): v.add_argument("--out", default="runs", help="folder for the results (default: runs)")
     sample = verb("sample", _sample, "draw from a trained model into a .npy file")
     sample.add_argument("-n", type=_at_least_one, default=1024, help="number of samples (default: 1024)")
     sample.add_argument("-o", "--output", default="samples.npy", help="file to write (default: samples.npy)")
     sample.add_argument("--steps", type=_at_least_one, help="Euler steps (default: those of the training)")
     evaluate = verb("evaluate", _evaluate, "measure a trained model: W2 and SW2 with floors and ratios")
+    for v in (demo, sample, evaluate): v.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: 0)")
     for v in (sample, evaluate):
         v.add_argument("path", metavar="PATH", help="a model.safetensors")
         v.add_argument("--target", choices=TARGETS, metavar="TARGET", help="what it was trained on, where no result.json says so: " + ", ".join(TARGETS))
-        v.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     for v in (demo, train, sample, evaluate): v.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     verb("info", _info, "versions, device, and where data and results are looked for")
     return p

@@ -119,11 +119,11 @@ class NSGFConfig:
     blur: float = .05        # square root of ε, in units of `blur_unit`
     blur_unit: str = "std"   # "std": standard deviations of the data; "data": the data's own unit
     minibatch: int = 256     # particles n in each flow of the pool
-    pool_size: int = 2**18   # source–target pairs in the pool, at most …
+    pool_size: int = 2**20   # source–target pairs in the pool, at most …
     pool_mb: int = 512       # … and no more than fit into so many MB
     tol: float = 3e-2        # L1 marginal error of the Sinkhorn solves
-    train_steps: int = 6000  # optimiser steps
-    batch_size: int = 2048   # states in each
+    train_steps: int = 16000 # optimiser steps
+    batch_size: int = 1024   # states in each
     lr: float = 2e-3         # highest learning rate
     ema: float = .999        # decay of the moving average of the weights
     width: int = 192         # of the MLP
@@ -132,10 +132,11 @@ class NSGFConfig:
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            v, kind = getattr(self, f.name), {"int": int, "float": (int, float), "str": str}.get(f.type, f.type)
-            if isinstance(v, bool) or not isinstance(v, kind): raise TypeError(f"{f.name} must be of type {f.type.__name__ if isinstance(f.type, type) else f.type}, got {v!r}")
-            if f.name == "blur_unit" and v not in ("std", "data"): raise ValueError(f'blur_unit must be "std" or "data", got {v!r}')
-            if f.name not in ("seed", "ema", "blur_unit") and not 0 < v < math.inf: raise ValueError(f"{f.name} must be {'at least 1' if f.type in (int, 'int') else 'a positive number'}, got {v!r}")
+            value, kind = getattr(self, f.name), (int, float) if f.type is float else f.type
+            if isinstance(value, bool) or not isinstance(value, kind): raise TypeError(f"{f.name} must be of type {f.type.__name__}, got {value!r}")
+            if f.type is not str and f.name not in ("seed", "ema") and not 0 < value < math.inf:
+                raise ValueError(f"{f.name} must be {'at least 1' if f.type is int else 'a positive number'}, got {value!r}")
+        if self.blur_unit not in ("std", "data"): raise ValueError(f'blur_unit must be "std" or "data", got {self.blur_unit!r}')
         if not 0 <= self.ema < 1: raise ValueError(f"ema must lie in [0, 1), got {self.ema!r}")
 
 # %% ../nbs/05_matching.ipynb #05-23
@@ -218,7 +219,7 @@ class VelocityModel:
         "Draw from the source and integrate the field from 0 to 1 (Algorithm 2)."
         net, c = self._fitted(), self.coordinates
         z = _start(self, n, seed) if x0 is None else c.to_model(_check_sample("x0", x0, c.shape))
-        out = [euler(net, u, self.config.steps if steps is None else steps, trajectory) for u in z.split(4096)]
+        out = [euler(net, u, self.config.steps if steps is None else steps, trajectory) for u in z.split(4096 if z.device.type == "cpu" else 2**17)]
         return c.to_data(torch.cat(out, 1 if trajectory else 0))
 
 # %% ../nbs/05_matching.ipynb #05-34

@@ -165,6 +165,10 @@ def test_a_device_that_does_not_exist(device, saved):
         assert "\n" not in str(e.value)
 
 
+def test_whole_numbers_are_numbers_too():
+    assert NSGF(blur=1, lr=1).config == NSGF(blur=1., lr=1.).config
+
+
 def test_config_is_frozen_and_settings_replace_it():
     with pytest.raises(dataclasses.FrozenInstanceError): TINY.steps = 3
     assert NSGF(TINY, steps=7).config == dataclasses.replace(TINY, steps=7) and TINY.steps == 4

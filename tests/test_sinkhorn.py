@@ -32,7 +32,7 @@ def pot(x, y, blur, a=None, b=None):
     x, y = x.double(), y.double()
     a, b = uniform(len(x)) if a is None else a.double(), uniform(len(y)) if b is None else b.double()
     C, eps = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()/2, blur**2
-    plan, log = ot.sinkhorn(a.numpy(), b.numpy(), C.numpy(), eps, method="sinkhorn_log", numItermax=4000, stopThr=1e-10, log=True, warn=False)
+    plan, log = ot.sinkhorn(a.numpy(), b.numpy(), C.numpy(), eps, method="sinkhorn_log", numItermax=5000, stopThr=1e-10, log=True, warn=False)
     f, g = (eps*(torch.as_tensor(log[k]) - w.log()) for k, w in (("log_u", a), ("log_v", b)))
     k = (g.mean() - f.mean())/2
     return f + k, g - k, torch.as_tensor(plan)
@@ -54,7 +54,7 @@ def marginal_error(x, y, blur, f, g):
 # ---- parity
 
 @pytest.mark.parametrize("weighted", (False, True), ids=("uniform", "weighted"))
-@pytest.mark.parametrize("n, m, blur", ((40, 40, .5), (30, 50, .4), (50, 20, 1.), (1, 12, .5), (12, 1, .5)))
+@pytest.mark.parametrize("n, m, blur", ((40, 40, .5), (30, 50, .6), (50, 20, 1.), (1, 12, .5), (12, 1, .5)))
 def test_parity_with_pot(n, m, blur, weighted):
     x, y = normal(n, 2), normal(m, 2, seed=1)*.5 + 1
     weights = (simplex(n), simplex(m, 1)) if weighted else None
@@ -75,13 +75,13 @@ def test_parity_with_pot_in_float32():
 
 
 def test_divergence_is_made_of_pots_values():
-    x, y = normal(30, 2), normal(40, 2, seed=1) + 1
-    a, b = simplex(30), simplex(40, 1)
+    x, y = normal(20, 2), normal(25, 2, seed=1) + 1
+    a, b = simplex(20), simplex(25, 1)
     def w(x, y, a, b):
-        f, g, _ = pot(x, y, .5, a, b)
+        f, g, _ = pot(x, y, .8, a, b)
         return (a @ f + b @ g).item()
     expected = w(x, y, a, b) - (w(x, x, a, a) + w(y, y, b, b))/2
-    assert divergence(x, y, .5, weights=(a, b), **EXACT).item() == pytest.approx(expected, abs=1e-7)
+    assert divergence(x, y, .8, weights=(a, b), **EXACT).item() == pytest.approx(expected, abs=1e-7)
 
 
 @pytest.mark.parametrize("dim, blur", ((50, 1.), (50, 4.), (784, 4.), (784, 15.)))
