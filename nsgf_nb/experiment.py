@@ -6,7 +6,7 @@
 __all__ = ['EXPERIMENTS', 'DEMO', 'Experiment', 'measure_floors', 'draw', 'measure', 'run', 'main']
 
 # %% ../nbs/10_experiment.ipynb #10-04
-import argparse, dataclasses, json, os, platform, subprocess, sys, time
+import argparse, contextlib, dataclasses, json, os, platform, subprocess, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -104,8 +104,9 @@ def _circumstances(model):
     "Where and with what a number was made."
     root, commit = Path(nsgf_nb.__file__).parent.parent, None
     if (root/"settings.ini").is_file():                     # a checkout, not an installation
-        git = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True)
-        commit = git.stdout.strip() or None
+        with contextlib.suppress(FileNotFoundError):        # no git on this machine
+            git = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True)
+            commit = git.stdout.strip() or None
     return dict(package=nsgf_nb.__version__, commit=commit, torch=torch.__version__, python=platform.python_version(),
                 machine=platform.machine(), device=str(model.device), threads=torch.get_num_threads())
 
@@ -118,6 +119,7 @@ def _train(e, seed, device, progress, folder):
     stream = torch.Generator().manual_seed(3_000_000 + seed)
     try: model.fit(data, source, progress=progress)
     except KeyboardInterrupt:
+        (folder/"result.json").unlink(missing_ok=True)      # of an earlier run: not these weights' numbers
         if model.net is not None: model.save(folder/"model.safetensors"); print(f"interrupted; the weights so far are in {folder/'model.safetensors'}")
         raise
     model.save(folder/"model.safetensors")
@@ -191,14 +193,16 @@ def _train_command(args):
 def _target_of(path, target):
     "The target that a model was trained on: as told, or as the result.json beside it says."
     beside = Path(path).parent/"result.json"
-    if target is None and beside.is_file(): target = json.loads(beside.read_text())["protocol"]["target"]
-    return target
+    if target is not None or not beside.is_file(): return target
+    try: return json.loads(beside.read_text())["protocol"]["target"]
+    except (KeyError, TypeError, ValueError): raise ValueError(f"{beside} is no result of nsgf train: name the target with --target") from None
 
 def _sample(args):
     model, target, out = NSGF.load(args.path, args.device), _target_of(args.path, args.target), Path(args.output)
-    x = draw(Experiment(target, model.config), model, args.n, args.seed, args.steps).cpu() if target else model.sample(args.n, args.steps, args.seed).cpu()
+    if target: x = draw(Experiment(target, model.config), model, args.n, args.seed, args.steps)
+    else: x = model.sample(args.n, args.steps, args.seed)
     import numpy
-    with out.open("wb") as f: numpy.save(f, x.numpy())
+    with out.open("wb") as f: numpy.save(f, x.cpu().numpy())
     print(f"wrote {out}: {args.n:,} samples of shape {tuple(x.shape[1:])}, float32")
 
 def _evaluate(args):

@@ -48,7 +48,8 @@ def particle_flow(
     "Euler steps x ← x + η·v(x) of the Wasserstein gradient flow of S_ε(·, y)."
     if steps < 1: raise ValueError(f"steps must be at least 1, got {steps}")
     etas = [1/(steps - k) for k in range(steps)] if eta is None else _schedule("eta", eta, steps, top=1)
-    xs, init = [x], None
+    lead = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    xs, init = [x.expand(*lead, *x.shape[-2:])], None
     for blur_k, eta_k in zip(_schedule("blur", blur, steps), etas):
         v, (g, h) = velocity(xs[-1], y, blur_k, tol, max_iter, init, return_init=True)
         xs.append(xs[-1] + eta_k*v)
@@ -67,7 +68,7 @@ class TrajectoryPool:
         tol:float=3e-2,    # L1 marginal error of each solve
         device="cpu",      # where the pool lives and the flows run
     ):
-        self.states = torch.empty(steps + 1, capacity, *shape, device=device)
+        self.states = torch.empty(steps + 1, capacity, *shape, dtype=torch.float32, device=device)
         self.capacity, self.shape, self.steps, self.flow = capacity, tuple(shape), steps, dict(blur=blur, eta=eta, tol=tol)
         self.seen, self.seconds = 0, 0.
 
@@ -78,11 +79,14 @@ class TrajectoryPool:
         y:Tensor,   # target (B, m, *shape)
     )->Tensor:      # the flows (steps+1, B, n, *shape)
         "Run a flow on each minibatch and keep the states."
+        for name, z in (("x", x), ("y", y)):
+            if z.shape[2:] != self.shape: raise ValueError(f"{name} must be of shape {('B', 'n', *self.shape)}, got {tuple(z.shape)}")
         start = time.perf_counter()
         xs = particle_flow(x.flatten(2), y.flatten(2), steps=self.steps, **self.flow)
         xs = xs.reshape(self.steps + 1, -1, *self.shape)
-        self.states[:, (self.seen + torch.arange(xs.shape[1])) % self.capacity] = xs
-        self.seen, self.seconds = self.seen + xs.shape[1], self.seconds + time.perf_counter() - start
+        last = xs[:, -self.capacity:]
+        self.states[:, (self.seen + torch.arange(last.shape[1])) % self.capacity] = last.to(self.states)
+        self.seen, self.seconds = self.seen + last.shape[1], self.seconds + time.perf_counter() - start
         return xs.unflatten(1, x.shape[:2])
 
     def batch(self,
@@ -93,6 +97,6 @@ class TrajectoryPool:
         if not self.seen: raise ValueError("the pool is empty: call add(x, y) first")
         kw = dict(generator=generator, device=self.states.device)
         i, k = torch.randint(len(self), (size,), **kw), torch.randint(self.steps, (size,), **kw)
-        w = torch.rand(size, **kw) * (torch.arange(size, device=self.states.device) >= size//2)
+        w = torch.rand(size, dtype=torch.float32, **kw) * (torch.arange(size, device=self.states.device) >= size//2)
         x, dx = self.states[k, i], self.states[k + 1, i] - self.states[k, i]
         return x + dx*w.view(-1, *[1]*len(self.shape)), (k + w)/self.steps, dx*self.steps

@@ -60,6 +60,7 @@ def fit(
             average.update_parameters(net); losses.append(loss.detach())
             if i % 50 == 0: _watch(i, loss, bar)
     except KeyboardInterrupt: interrupted = True
+    if losses: _watch(len(losses) - 1, losses[-1], bar)
     losses = torch.stack(losses).cpu() if losses else torch.zeros(0)
     return Fitted(average.module, losses, time.perf_counter() - start, interrupted)
 
@@ -80,6 +81,13 @@ def _check_sample(name, x, shape=None):
     if shape is not None and x.shape[1:] != shape: raise ValueError(f"{name} must be of shape (n, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
     return x
 
+def _stack(name, dataset):
+    "All samples of a map-style Dataset in one tensor; of a tuple, the first entry."
+    items = (dataset[i] for i in range(len(dataset)))
+    try: return torch.stack([torch.as_tensor(u[0] if isinstance(u, (tuple, list)) else u) for u in items])
+    except (RuntimeError, TypeError, ValueError, KeyError) as e:
+        raise ValueError(f"{name} must be a Dataset of at least 2 samples, tensors of one shape: {str(e).splitlines()[0]}") from None
+
 def _deal(x, generator):
     "A function that deals the rows of `x` in random order, epoch after epoch."
     order = torch.empty(0, dtype=torch.long)
@@ -98,17 +106,16 @@ def as_sampler(
 ):                              # function n -> tensor (n, *shape), floating point
     "One way to draw from whatever the user has. Raises `TypeError` and `ValueError` by name."
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        items = (data[i] for i in range(len(data)))
-        data = torch.stack([torch.as_tensor(u[0] if isinstance(u, (tuple, list)) else u) for u in items])
+        data = _stack(name, data)
     if isinstance(data, Tensor):
         if len(_check_sample(name, data)) < 2: raise ValueError(f"{name} must hold at least 2 samples, got 1")
-        return _deal(data, generator)
+        return _deal(data.detach(), generator)
     if not callable(data):
         raise TypeError(f"{name} must be a tensor, a map-style Dataset or a function n -> (n, *shape), got {type(data).__name__}")
     def draw(n):
         x = _check_sample(f"{name}({n})", data(n))
         if len(x) != n: raise ValueError(f"{name}({n}) must return {n} samples, got shape {tuple(x.shape)}")
-        return x
+        return x.detach()
     return draw
 
 # %% ../nbs/05_matching.ipynb #05-20
@@ -188,22 +195,22 @@ def _start(model, n, seed):
     "n draws of the model's source, in its coordinates."
     c = model.coordinates
     if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise ValueError(f"n must be an integer of at least 1, got {n!r}")
-    if model.source == "normal": return torch.randn(n, *c.shape, generator=torch.Generator().manual_seed(seed)).to(c.mean)
-    if model.draw_source is None:
+    if model.source == "normal": return torch.randn(n, *c.shape, dtype=torch.float32, generator=torch.Generator().manual_seed(seed)).to(c.mean)
+    if model.given is None:
         raise ValueError("this model was trained from a source of its own, which its file does not hold: pass x0, a tensor of draws from it")
-    with _seeded(seed): return c.to_model(model.draw_source(n))
+    with _seeded(seed): return c.to_model(as_sampler(model.given, torch.Generator().manual_seed(seed), "source")(n))
 
 # %% ../nbs/05_matching.ipynb #05-32
 class VelocityModel:
     "A learned velocity field in coordinates of its own, and how to sample it."
-    net, source, draw_source = None, "normal", None
+    net, source, given = None, "normal", None     # source is "normal", or "given": then by `given`, as it came to fit
 
     def __call__(self,
         x:Tensor,  # samples (B, *shape), in the data's unit
         t,         # times in [0, 1], (B,) or a number
     )->Tensor:     # dx/dt, like x
         "The field in the data's unit."
-        with torch.no_grad(): return self._fitted()(self.coordinates.to_model(x), t) * self.coordinates.scale
+        with torch.no_grad(): return (self._fitted()(self.coordinates.to_model(x), t) * self.coordinates.scale).to(x)
 
     def _fitted(self):
         if self.net is None: raise RuntimeError("this model has no network yet: call fit(data), or load(path)")
@@ -231,7 +238,8 @@ def _write(path, tensors, about):
     path, text = Path(path), json.dumps(about, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     blob = save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, {"nsgf_nb": json.dumps(about)})
-    for p, content in ((path, blob), (path.with_suffix(".json"), text.encode())):
+    beside = path.with_name((path.name if path.suffix == ".json" else path.stem) + ".json")
+    for p, content in ((path, blob), (beside, text.encode())):
         tmp = p.with_name(p.name + ".tmp")
         tmp.write_bytes(content)
         os.replace(tmp, p)
@@ -253,45 +261,56 @@ def _save(model, path):
     about = dict(format=_FORMAT, model=type(model).__name__, config=dataclasses.asdict(model.config), shape=list(c.shape), source=model.source)
     _write(path, {"mean": c.mean, "scale": c.scale, **{f"net.{k}": t for k, t in net.state_dict().items()}}, about)
 
+def _check_tensors(tensors, about, config):
+    "Before any network is built: are they of the kinds and numbers that the text speaks of?"
+    layers = sum(k.startswith("net.layers.") and k.endswith(".weight") for k in tensors)
+    if layers != config.depth + 1: raise ValueError(f"it holds {layers} layers, its config says {config.depth + 1}")
+    if about["source"] not in ("normal", "given"): raise ValueError(f"unknown source {about['source']!r}")
+    for k, t in tensors.items():
+        if t.dtype != torch.float32: raise ValueError(f"{k} is of type {t.dtype}, expected torch.float32")
+    for k, shape in (("mean", tuple(about["shape"])), ("scale", ())):
+        if tensors[k].shape != shape: raise ValueError(f"{k} has shape {tuple(tensors[k].shape)}, expected {shape}")
+
+# %% ../nbs/05_matching.ipynb #05-36
 def _load(cls, path, device):
-    tensors, about = _read(path)
+    (tensors, about), device = _read(path), find_device(device)
     if about.get("model") != cls.__name__: raise ValueError(f"{path} holds a model of type {about.get('model')!r}, not {cls.__name__!r}")
     try:
         model = cls(NSGFConfig(**about["config"]), device=device)
+        _check_tensors(tensors, about, model.config)
         with torch.device("meta"): net = MLP(tuple(about["shape"]), model.config.width, model.config.depth)
         net.load_state_dict({k[4:]: t for k, t in tensors.items() if k.startswith("net.")}, assign=True)
-        if tensors["mean"].shape != net.shape: raise ValueError(f"mean has shape {tuple(tensors['mean'].shape)}, expected {net.shape}")
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(f"{path} does not describe a whole {cls.__name__}: {e}") from None
+        raise ValueError(f"{path} does not describe a whole {cls.__name__}: {' '.join(str(e).split())}") from None
     model.net, model.source = net.to(model.device).requires_grad_(False), about["source"]
     model.coordinates = _Coordinates(tensors["mean"].to(model.device), tensors["scale"].to(model.device))
     return model
 
-# %% ../nbs/05_matching.ipynb #05-37
+# %% ../nbs/05_matching.ipynb #05-38
 def _samplers(model, data, source, generator):
-    "Samplers of source and target in the model's coordinates, which are set from 16,384 draws of the target."
-    c, draw_y = model.config, as_sampler(data, generator)
-    model.coordinates = k = _Coordinates.of(draw_y(2**14), model.device)
-    model.source, model.draw_source = ("normal", None) if source is None else ("given", as_sampler(source, generator, "source"))
-    def normal(n): return torch.randn(n, *k.shape, generator=generator).to(k.mean)
-    def given(n): return k.to_model(_check_sample("source", model.draw_source(n), k.shape))
-    return (normal if source is None else given), lambda n: k.to_model(draw_y(n))
+    "Coordinates from 16,384 draws of the target, and samplers of source and target in them."
+    draw_y, draw_x = as_sampler(data, generator), source is not None and as_sampler(source, generator, "source")
+    k = _Coordinates.of(draw_y(2**14), model.device)
+    def normal(n): return torch.randn(n, *k.shape, dtype=torch.float32, generator=generator).to(k.mean)
+    def given(n): return k.to_model(_check_sample("source", draw_x(n), k.shape))
+    return k, given if draw_x else normal, lambda n: k.to_model(draw_y(n))
 
 def _fit(model, data, source, progress):
     c, generator = model.config, torch.Generator().manual_seed(model.config.seed)
-    draw_x, draw_y = _samplers(model, data, source, generator)
-    pool = _build_pool(c, model.coordinates, draw_x, draw_y, model.device, progress)
+    k, draw_x, draw_y = _samplers(model, data, source, generator)
+    pool = _build_pool(c, k, draw_x, draw_y, model.device, progress)
     on_device = torch.Generator(model.device).manual_seed(c.seed)
     batches = iter(lambda: pool.batch(c.batch_size, on_device), None)
-    net = MLP(model.coordinates.shape, c.width, c.depth).to(model.device)
+    net = MLP(k.shape, c.width, c.depth).to(model.device, torch.float32)
     fitted = fit(net, batches, c.train_steps, c.lr, c.ema, progress)
+    model.coordinates, model.source, model.given = k, "normal" if source is None else "given", source
     model.net, model.losses = fitted.net.requires_grad_(False), fitted.losses
     model.seconds = dict(pool=pool.seconds, training=fitted.seconds)
     if progress: tqdm.write(f"pool: {len(pool):,} pairs in {pool.seconds:.1f} s; training: {len(fitted.losses):,} steps in {fitted.seconds:.1f} s")
     if fitted.interrupted:
         raise KeyboardInterrupt(f"stopped after {len(fitted.losses):,} of {c.train_steps:,} steps; the model keeps what it has learned")
 
-# %% ../nbs/05_matching.ipynb #05-38
+# %% ../nbs/05_matching.ipynb #05-39
 class NSGF(VelocityModel):
     "Neural Sinkhorn gradient flow: `NSGF().fit(data).sample(n)`."
     def __init__(self,

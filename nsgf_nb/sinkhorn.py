@@ -212,6 +212,7 @@ def divergence(
     weights:tuple=None,# (a, b), positive, each summing to 1
 )->Tensor:             # S_ε(x, y) (...), in squared units of x; differentiable once in x and y
     "The Sinkhorn divergence (Genevay et al. 2018; Feydy et al. 2019)."
+    check_points("y", y, like=check_points("x", x))
     a, b = weights or (x.new_full((x.shape[-2],), 1/x.shape[-2]), y.new_full((y.shape[-2],), 1/y.shape[-2]))
     f, g, _ = _entropic(x, y, blur, tol, max_iter, None, weights)
     p = _entropic(x, None, blur, tol, max_iter, None, (a, a))[0]

@@ -123,8 +123,9 @@ def test_train_sample_evaluate(nsgf, capsys):
     assert code == 0 and not err and x.shape == (30, 2) and x.dtype == np.float32 and "wrote x.npy: 30 samples" in out
     nsgf("sample", folder/"model.safetensors", "-n", 30, "-o", "y.npy", "--seed", 3)
     assert (np.load("y.npy") == x).all()
-    nsgf("sample", folder/"model.safetensors", "-n", 30, "-o", "y.npy", "--seed", 4, "--steps", 2)
-    assert (np.load("y.npy") != x).any()
+    for other in (("--seed", 4), ("--seed", 3, "--steps", 2)):
+        nsgf("sample", folder/"model.safetensors", "-n", 30, "-o", "y.npy", *other)
+        assert (np.load("y.npy") != x).any()
 
 
 def test_evaluate_finds_what_the_training_found(nsgf, trained):
@@ -134,6 +135,17 @@ def test_evaluate_finds_what_the_training_found(nsgf, trained):
     for steps in ("4", "8"):
         for name in ("w2", "sw2"):
             assert re.search(rf"^ *{steps} steps  {name.upper()} +{measured[steps][name]['mean']:.4f} ", out, re.M), out
+
+
+def test_sample_of_a_model_with_a_source_of_its_own(nsgf):
+    nsgf("train", "2d-8gaussians-moons")
+    path = Path("runs/2d-8gaussians-moons/seed0/model.safetensors")
+    for seed in (3, 4, 3): assert nsgf("sample", path, "-n", 30, "-o", f"{seed}.npy", "--seed", seed)[0] == 0
+    assert (np.load("3.npy") != np.load("4.npy")).any()
+    (path.parent/"result.json").unlink()
+    fails(nsgf("sample", path, "-n", 30), "trained from a source of its own")
+    assert nsgf("sample", path, "-n", 30, "-o", "5.npy", "--seed", 3, "--target", "8gaussians-moons")[0] == 0
+    assert (np.load("3.npy") == np.load("5.npy")).all()
 
 
 def test_train_2d_is_all_five(nsgf):
