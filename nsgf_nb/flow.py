@@ -57,6 +57,15 @@ def particle_flow(
     return torch.stack(xs)
 
 # %% ../nbs/02_flow.ipynb #02-19
+def _on_paths(states, i, k, w):
+    "The points x at the part w of segment k of the paths i, their times and velocities dx/dt."
+    x, dx = states[k, i], states[k + 1, i] - states[k, i]
+    return x + dx*w.view(-1, *[1]*(x.ndim - 1)), (k + w)/(len(states) - 1), dx*(len(states) - 1)
+
+def _check_shape(name, x, shape):
+    if tuple(x.shape[2:]) != shape: raise ValueError(f"{name} must be of shape (B, n, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
+
+# %% ../nbs/02_flow.ipynb #02-20
 class TrajectoryPool:
     "States visited by many minibatch flows: the training set of velocity matching (Algorithm 1)."
     def __init__(self,
@@ -65,7 +74,7 @@ class TrajectoryPool:
         steps:int=5,       # Euler steps of each flow, K
         blur=.05,          # square root of ε, a number or one for each step
         eta=None,          # Euler step, as in `particle_flow`
-        tol:float=3e-2,    # L1 marginal error of each solve
+        tol:float=1e-2,    # L1 marginal error of each solve
         device="cpu",      # where the pool lives and the flows run
     ):
         self.states = torch.empty(steps + 1, capacity, *shape, dtype=torch.float32, device=device)
@@ -79,15 +88,13 @@ class TrajectoryPool:
         y:Tensor,   # target (B, m, *shape)
     )->Tensor:      # the flows (steps+1, B, n, *shape)
         "Run a flow on each minibatch and keep the states."
-        for name, z in (("x", x), ("y", y)):
-            if z.shape[2:] != self.shape: raise ValueError(f"{name} must be of shape {('B', 'n', *self.shape)}, got {tuple(z.shape)}")
+        _check_shape("x", x, self.shape); _check_shape("y", y, self.shape)
         start = time.perf_counter()
-        xs = particle_flow(x.flatten(2), y.flatten(2), steps=self.steps, **self.flow)
-        xs = xs.reshape(self.steps + 1, -1, *self.shape)
-        last = xs[:, -self.capacity:]
-        self.states[:, (self.seen + torch.arange(last.shape[1])) % self.capacity] = last.to(self.states)
+        xs = particle_flow(x.flatten(2), y.flatten(2), steps=self.steps, **self.flow).unflatten(-1, self.shape)
+        last = xs.flatten(1, 2)[:, -self.capacity:].to(self.states)
+        self.states[:, (self.seen + torch.arange(last.shape[1])) % self.capacity] = last
         self.seen, self.seconds = self.seen + last.shape[1], self.seconds + time.perf_counter() - start
-        return xs.unflatten(1, x.shape[:2])
+        return xs
 
     def batch(self,
         size:int,                  # number of states
@@ -98,5 +105,4 @@ class TrajectoryPool:
         kw = dict(generator=generator, device=self.states.device)
         i, k = torch.randint(len(self), (size,), **kw), torch.randint(self.steps, (size,), **kw)
         w = torch.rand(size, dtype=torch.float32, **kw) * (torch.arange(size, device=self.states.device) >= size//2)
-        x, dx = self.states[k, i], self.states[k + 1, i] - self.states[k, i]
-        return x + dx*w.view(-1, *[1]*len(self.shape)), (k + w)/self.steps, dx*self.steps
+        return _on_paths(self.states, i, k, w)

@@ -128,7 +128,7 @@ class NSGFConfig:
     minibatch: int = 256     # particles n in each flow of the pool
     pool_size: int = 2**20   # source–target pairs in the pool, at most …
     pool_mb: int = 512       # … and no more than fit into so many MB
-    tol: float = 3e-2        # L1 marginal error of the Sinkhorn solves
+    tol: float = 1e-2        # L1 marginal error of the Sinkhorn solves
     train_steps: int = 16000 # optimiser steps
     batch_size: int = 1024   # states in each
     lr: float = 2e-3         # highest learning rate
