@@ -57,6 +57,19 @@ def particle_flow(
     return torch.stack(xs)
 
 # %% ../nbs/02_flow.ipynb #02-19
+class _Ring:
+    "The `capacity` paths that were written last, as states (steps+1, capacity, *shape)."
+    def __init__(self, capacity, shape, steps, device):
+        self.states = torch.empty(steps + 1, capacity, *shape, dtype=torch.float32, device=device)
+        self.capacity, self.shape, self.steps, self.seen = capacity, tuple(shape), steps, 0
+
+    def __len__(self): return min(self.seen, self.capacity)
+
+    def write(self, xs):
+        xs = xs[:, -self.capacity:].to(self.states)
+        self.states[:, (self.seen + torch.arange(xs.shape[1])) % self.capacity] = xs
+        self.seen += xs.shape[1]
+
 def _on_paths(states, i, k, w):
     "The points x at the part w of segment k of the paths i, their times and velocities dx/dt."
     x, dx = states[k, i], states[k + 1, i] - states[k, i]
@@ -66,7 +79,7 @@ def _check_shape(name, x, shape):
     if tuple(x.shape[2:]) != shape: raise ValueError(f"{name} must be of shape (B, n, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
 
 # %% ../nbs/02_flow.ipynb #02-20
-class TrajectoryPool:
+class TrajectoryPool(_Ring):
     "States visited by many minibatch flows: the training set of velocity matching (Algorithm 1)."
     def __init__(self,
         capacity:int,      # source–target pairs that are kept; later ones replace the oldest
@@ -77,11 +90,8 @@ class TrajectoryPool:
         tol:float=1e-2,    # L1 marginal error of each solve
         device="cpu",      # where the pool lives and the flows run
     ):
-        self.states = torch.empty(steps + 1, capacity, *shape, dtype=torch.float32, device=device)
-        self.capacity, self.shape, self.steps, self.flow = capacity, tuple(shape), steps, dict(blur=blur, eta=eta, tol=tol)
-        self.seen, self.seconds = 0, 0.
-
-    def __len__(self): return min(self.seen, self.capacity)
+        super().__init__(capacity, shape, steps, device)
+        self.flow, self.seconds = dict(blur=blur, eta=eta, tol=tol), 0.
 
     def add(self,
         x:Tensor,   # source (B, n, *shape): B minibatches of n
@@ -91,9 +101,8 @@ class TrajectoryPool:
         _check_shape("x", x, self.shape); _check_shape("y", y, self.shape)
         start = time.perf_counter()
         xs = particle_flow(x.flatten(2), y.flatten(2), steps=self.steps, **self.flow).unflatten(-1, self.shape)
-        last = xs.flatten(1, 2)[:, -self.capacity:].to(self.states)
-        self.states[:, (self.seen + torch.arange(last.shape[1])) % self.capacity] = last
-        self.seen, self.seconds = self.seen + last.shape[1], self.seconds + time.perf_counter() - start
+        self.write(xs.flatten(1, 2))
+        self.seconds += time.perf_counter() - start
         return xs
 
     def batch(self,
