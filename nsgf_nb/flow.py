@@ -70,10 +70,13 @@ class _Ring:
         self.states[:, (self.seen + torch.arange(xs.shape[1])) % self.capacity] = xs
         self.seen += xs.shape[1]
 
-def _on_paths(states, i, k, w):
-    "The points x at the part w of segment k of the paths i, their times and velocities dx/dt."
+def _on_paths(states, filled, size, generator):
+    "x, t and dx/dt at `size` random points of the first `filled` paths, half of them at visited states."
+    kw, K = dict(generator=generator, device=states.device), len(states) - 1
+    i, k = torch.randint(filled, (size,), **kw), torch.randint(K, (size,), **kw)
+    w = torch.rand(size, dtype=torch.float32, **kw) * (torch.arange(size, device=states.device) >= size//2)
     x, dx = states[k, i], states[k + 1, i] - states[k, i]
-    return x + dx*w.view(-1, *[1]*(x.ndim - 1)), (k + w)/(len(states) - 1), dx*(len(states) - 1)
+    return x + dx*w.view(-1, *[1]*(x.ndim - 1)), (k + w)/K, dx*K
 
 def _check_shape(name, x, shape):
     if tuple(x.shape[2:]) != shape: raise ValueError(f"{name} must be of shape (B, n, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
@@ -98,11 +101,11 @@ class TrajectoryPool(_Ring):
         y:Tensor,   # target (B, m, *shape)
     )->Tensor:      # the flows (steps+1, B, n, *shape)
         "Run a flow on each minibatch and keep the states."
-        _check_shape("x", x, self.shape); _check_shape("y", y, self.shape)
-        start = time.perf_counter()
+        for name, z in (("x", x), ("y", y)): _check_shape(name, z, self.shape)
+        self.seconds -= time.perf_counter()
         xs = particle_flow(x.flatten(2), y.flatten(2), steps=self.steps, **self.flow).unflatten(-1, self.shape)
         self.write(xs.flatten(1, 2))
-        self.seconds += time.perf_counter() - start
+        self.seconds += time.perf_counter()
         return xs
 
     def batch(self,
@@ -111,7 +114,4 @@ class TrajectoryPool(_Ring):
     )->tuple:                      # x (size, *shape), t (size,), dx/dt (size, *shape)
         "Random points of the paths: half at the visited states, half between them."
         if not self.seen: raise ValueError("the pool is empty: call add(x, y) first")
-        kw = dict(generator=generator, device=self.states.device)
-        i, k = torch.randint(len(self), (size,), **kw), torch.randint(self.steps, (size,), **kw)
-        w = torch.rand(size, dtype=torch.float32, **kw) * (torch.arange(size, device=self.states.device) >= size//2)
-        return _on_paths(self.states, i, k, w)
+        return _on_paths(self.states, len(self), size, generator)
