@@ -18,14 +18,14 @@ _COLOURS = {"source": "black", "target": "#0072B2"}
 _OTHERS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00")
 
 def _planar(name, x, ndim):
-    "Refuse what cannot be drawn in the plane"
+    "Refuse what cannot be drawn in the plane."
     if not isinstance(x, Tensor) or x.ndim != ndim or x.shape[-1] != 2:
         got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{name}: expected a tensor of shape {'(n, 2)' if ndim == 2 else '(steps+1, n, 2)'}, got {got}")
     return x.detach().cpu()
 
 def _axes(ax, title, width=4.):
-    "`ax`, or a new one, with equal scales, labels and `title`"
+    "`ax`, or a new one, with equal scales, labels and `title`."
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(width, 4), layout="constrained")[1]
     ax.set(title=title, xlabel="$x_1$ (data units)", ylabel="$x_2$ (data units)")
@@ -34,20 +34,21 @@ def _axes(ax, title, width=4.):
 
 # %% ../nbs/03_data.ipynb #03-08
 def show_points(
-    *clouds:Tensor, # each (n, 2), in data units
+    *clouds:Tensor,        # each (n, 2), in data units
     labels:list|None=None, # one for each cloud; "source" is drawn black, "target" blue
-    title:str="",
-    ax=None, # matplotlib axes to draw on; a new figure if None
-    limit:int=1000, # at most so many points of each cloud
-    legend:bool=True, # write the labels
-): # the axes
-    "Scatter plot of one or several clouds in the plane"
+    title:str="",          # above the plot
+    ax=None,               # matplotlib axes to draw on; a new figure if None
+    limit:int=1000,        # at most so many points of each cloud
+    legend:bool=True,      # write the labels
+):                         # the axes
+    "Scatter plot of one or several clouds in the plane."
     clouds = [_planar("show_points", x, 2) for x in clouds]
     names = list(labels) if labels is not None else [None]*len(clouds)
     if len(names) != len(clouds): raise ValueError(f"labels: {len(names)} labels for {len(clouds)} clouds")
     ax, others = _axes(ax, title), iter(_OTHERS*len(clouds))
     for i, (x, label) in enumerate(zip(clouds, names)):
-        colour = _COLOURS.get(label if label or i else "target") or next(others)
+        role = "target" if i == 0 and not label else label # a first cloud without a label is drawn as a target
+        colour = _COLOURS[role] if role in _COLOURS else next(others)
         ax.scatter(*x[:limit].T, s=4, color=colour, alpha=.6, linewidths=0, label=label)
     if labels is not None and legend: ax.legend(loc="upper right", markerscale=3, framealpha=.9)
     return ax
@@ -77,8 +78,9 @@ def _checkerboard(n, g):
 _DRAW = {"8gaussians": _eight_gaussians, "moons": _moons, "scurve": _scurve, "checkerboard": _checkerboard, "8gaussians-moons": _moons}
 TARGETS = tuple(_DRAW) # the names of the 2D targets
 
+# %% ../nbs/03_data.ipynb #03-36
 def _check(name, n):
-    "Refuse an unknown target and an impossible count"
+    "Refuse an unknown target and an impossible count."
     if name not in _DRAW:
         close = difflib.get_close_matches(str(name), TARGETS, 1, 0.4)
         raise ValueError(f"unknown target {name!r}: expected one of {', '.join(TARGETS)}" + (f"; did you mean {close[0]!r}?" if close else ""))
@@ -86,38 +88,37 @@ def _check(name, n):
 
 def _generator(seed): return seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
 
-# %% ../nbs/03_data.ipynb #03-36
+# %% ../nbs/03_data.ipynb #03-37
 def sample_2d(
-    name:str, # one of `TARGETS`
-    n:int, # number of points
+    name:str,                   # one of `TARGETS`
+    n:int,                      # number of points
     seed:int|torch.Generator=0, # an int makes a fresh generator, a generator (on the CPU) is advanced
-)->Tensor: # (n, 2) float32, in data units
-    "`n` independent points of a 2D target"
+)->Tensor:                      # (n, 2) float32, in data units
+    "`n` independent points of a 2D target."
     _check(name, n)
     return _DRAW[name](n, _generator(seed))
 
-# %% ../nbs/03_data.ipynb #03-41
+# %% ../nbs/03_data.ipynb #03-42
 def source_2d(
-    name:str, # one of `TARGETS`
-    n:int, # number of points
+    name:str,                   # one of `TARGETS`
+    n:int,                      # number of points
     seed:int|torch.Generator=0, # as in `sample_2d`; the same int there and here gives independent points
-)->Tensor: # (n, 2) float32, in data units
-    "`n` independent points of the source that belongs to a 2D target"
+)->Tensor:                      # (n, 2) float32, in data units
+    "`n` independent points of the source that belongs to a 2D target."
     _check(name, n)
     g = _generator(seed if isinstance(seed, torch.Generator) else seed + 2**31)
     return _eight_gaussians(n, g) if name == "8gaussians-moons" else _randn(n, 2, generator=g)
 
-# %% ../nbs/03_data.ipynb #03-46
+# %% ../nbs/03_data.ipynb #03-47
 def show_paths(
-    xs:Tensor, # trajectory (steps+1, n, 2), in data units
-    title:str="",
-    ax=None, # matplotlib axes to draw on; a new figure if None
-    paths:int=200, # at most so many paths (the first ones)
-    limit:int=1000, # at most so many start and end points
-    cmap=None, # colours of the time; blue to red if None
-    colorbar:bool=True,
-): # the axes
-    "The paths of particles, coloured by time, from the source (black) to where they end (blue)"
+    xs:Tensor,          # trajectory (steps+1, n, 2), in data units
+    title:str="",       # above the plot
+    ax=None,            # matplotlib axes to draw on; a new figure if None
+    paths:int=200,      # at most so many paths (the first ones)
+    limit:int=1000,     # at most so many start and end points
+    colorbar:bool=True, # draw the scale of the time
+):                      # the axes
+    "The paths of particles, coloured by time, from their starts (black) to their ends (blue, the paper's colour for the target)."
     from matplotlib.collections import LineCollection
     from matplotlib.colors import LinearSegmentedColormap
     xs, ax = _planar("show_paths", xs, 3), _axes(ax, title, width=4.8)
@@ -125,7 +126,7 @@ def show_paths(
     segments = torch.stack([p[:-1], p[1:]], 2).flatten(0, 1) # (K * paths, 2 ends, 2), step by step
     t = (torch.arange(K) + .5).repeat_interleave(p.shape[1])/max(K, 1)
     lines = LineCollection(segments.numpy(), array=t.numpy(), linewidths=.7, alpha=.6,
-        cmap=cmap or LinearSegmentedColormap.from_list("time", ["#2b5fd9", "#d7263d"]), clim=(0, 1))
+        cmap=LinearSegmentedColormap.from_list("time", ["#2b5fd9", "#d7263d"]), clim=(0, 1))
     ax.add_collection(lines)
     for x, role in ((xs[0], "source"), (xs[-1], "target")):
         ax.scatter(*x[:limit].T, s=4, color=_COLOURS[role], linewidths=0, zorder=3)

@@ -44,7 +44,7 @@ def measure_floors(
 
 # %% ../nbs/10_experiment.ipynb #10-10
 def draw(
-    e:Experiment,          # names the source, where it is not N(0, I)
+    target:str,            # what the model was trained on, one of `TARGETS`
     model:NSGF,            # trained
     n:int,                 # number of samples
     seed:int,              # of the source
@@ -52,15 +52,15 @@ def draw(
     trajectory:bool=False, # return all states?
 )->Tensor:                 # (n, 2) or (steps+1, n, 2), in the data's unit
     "Samples of a trained 2D model, from the source of its experiment."
-    x0 = source_2d(e.target, n, seed) if model.source == "given" else None
+    x0 = source_2d(target, n, seed) if model.source == "given" else None
     return model.sample(n, steps, seed, trajectory, x0)
 
 # %% ../nbs/10_experiment.ipynb #10-11
 def _distances(e, model, steps, seed):
     "Lists of W2 and SW2 between fresh samples of the model and of the target."
     def pairs(metric, n, draws, first):
-        return [metric(draw(e, model, n, s, steps), sample_2d(e.target, n, s + 1)) for s in range(first, first + 2*draws, 2)]
-    base = 1_000_000 + 1000*seed                           # no seed that the floors or the training use
+        return [metric(draw(e.target, model, n, s, steps), sample_2d(e.target, n, s + 1)) for s in range(first, first + 2*draws, 2)]
+    base = 1_000_000 + 1000*seed
     return dict(w2=pairs(w2, e.w2_points, e.w2_draws, base), sw2=pairs(sw2, e.sw2_points, e.sw2_draws, base + 500))
 
 # %% ../nbs/10_experiment.ipynb #10-12
@@ -82,7 +82,7 @@ def measure(
 # %% ../nbs/10_experiment.ipynb #10-13
 def _along_the_way(e, model, draws=5):
     "W2 to the target at each Euler step, the mean of `draws` pairs of samples: the paper's Figure 4."
-    xs = [draw(e, model, e.w2_points, 2_000_000 + 2*i, trajectory=True) for i in range(draws)]
+    xs = [draw(e.target, model, e.w2_points, 2_000_000 + 2*i, trajectory=True) for i in range(draws)]
     ys = [sample_2d(e.target, e.w2_points, 2_000_001 + 2*i) for i in range(draws)]
     return [sum(w2(x[k], y) for x, y in zip(xs, ys))/draws for k in range(len(xs[0]))]
 
@@ -113,10 +113,10 @@ def _circumstances(model):
 # %% ../nbs/10_experiment.ipynb #10-17
 def _train(e, seed, device, progress, folder):
     model = NSGF(e.config, device=device, seed=seed)
+    stream = torch.Generator().manual_seed(3_000_000 + seed)
     def data(n): return sample_2d(e.target, n, stream)
     def given(n): return source_2d(e.target, n, stream)
     source = given if e.target == "8gaussians-moons" else None
-    stream = torch.Generator().manual_seed(3_000_000 + seed)
     try: model.fit(data, source, progress=progress)
     except KeyboardInterrupt:
         (folder/"result.json").unlink(missing_ok=True)      # of an earlier run: not these weights' numbers
@@ -129,7 +129,7 @@ def _draw_paths(e, model, path):
     import matplotlib
     from matplotlib.figure import Figure
     ax = Figure(figsize=(5, 4), dpi=110, layout="constrained").subplots()
-    xs = draw(e, model, 1000, 4_000_000, trajectory=True).cpu()
+    xs = draw(e.target, model, 1000, 4_000_000, trajectory=True).cpu()
     show_paths(xs, title=f"NSGF on {e.target}, {len(xs) - 1} Euler steps", ax=ax)
     ax.figure.savefig(path)
 
@@ -148,8 +148,9 @@ def run(
     model = _train(e, seed, device, progress, folder)
     trained = time.perf_counter()
     floors = floors or measure_floors(e)
-    result = dict(experiment=name, seed=seed, command=f"nsgf demo --seed {seed}" if name == "demo" else f"nsgf train {name} --seeds {seed}",
-        protocol=dataclasses.asdict(e), made_with=_circumstances(model), floors=floors, measured=measure(e, model, floors, seed),
+    command = f"nsgf demo --seed {seed}" if name == "demo" else f"nsgf train {name} --seeds {seed}" if name in EXPERIMENTS else None
+    result = dict(experiment=name, seed=seed, command=command,
+        protocol=dataclasses.asdict(dataclasses.replace(e, config=model.config)), made_with=_circumstances(model), floors=floors, measured=measure(e, model, floors, seed),
         w2_along_the_way=_along_the_way(e, model), loss=model.losses[-500:].mean().item(),
         seconds=dict(model.seconds, measuring=time.perf_counter() - trained, total=time.perf_counter() - start))
     _write_json(folder/"result.json", result)
@@ -169,12 +170,12 @@ def _report(r):
     return "\n".join(lines)
 
 # %% ../nbs/10_experiment.ipynb #10-24
+def _say_where(folder): print(f"wrote {folder}/: paths.png (the picture), model.safetensors (the weights), result.json (the numbers)")
+
 def _demo(args):
     print("NSGF learns to carry N(0, I) onto 8gaussians; about two minutes on two CPU cores.")
     print(_report(run("demo", DEMO, args.seed, args.out, device=args.device)))
     _say_where(Path(args.out)/"demo"/f"seed{args.seed}")
-
-def _say_where(folder): print(f"wrote {folder}/: paths.png (the picture), model.safetensors (the weights), result.json (the numbers)")
 
 def _train_command(args):
     names = list(EXPERIMENTS) if args.name == "2d" else [args.name]
@@ -199,7 +200,7 @@ def _target_of(path, target):
 
 def _sample(args):
     model, target, out = NSGF.load(args.path, args.device), _target_of(args.path, args.target), Path(args.output)
-    if target: x = draw(Experiment(target, model.config), model, args.n, args.seed, args.steps)
+    if target: x = draw(target, model, args.n, args.seed, args.steps)
     else: x = model.sample(args.n, args.steps, args.seed)
     import numpy
     with out.open("wb") as f: numpy.save(f, x.cpu().numpy())
@@ -222,7 +223,7 @@ def _info(args):
         pot=ot.__version__, matplotlib=matplotlib.__version__, safetensors=safetensors.__version__,
         device=f"{find_device()} ({torch.get_num_threads()} threads)", gpus=", ".join(gpus) or "none",
         data=os.environ.get("NSGF_NB_DATA", "NSGF_NB_DATA is not set; the 2D targets need no files"),
-        runs=f"{Path('runs').resolve()} (where --out points)")
+        weights=f"{Path('runs').resolve()}, or wherever --out pointed")
     for key, value in rows.items(): print(f"{key:12s}{value}")
 
 # %% ../nbs/10_experiment.ipynb #10-28

@@ -32,7 +32,8 @@ def _schedule(name, value, steps, top=float("inf")):
     "`value` once a step: a number is repeated, a sequence must have the right length."
     values = [float(u) for u in value] if hasattr(value, "__len__") else [float(value)] * steps
     if len(values) != steps: raise ValueError(f"{name} must be a number or {steps} of them, got {len(values)}")
-    if not all(0 < u <= top for u in values): raise ValueError(f"{name} must lie in (0, {top}], got {value!r}")
+    if not all(0 < u <= top for u in values):
+        raise ValueError(f"{name} must be {'positive' if top == float('inf') else f'in (0, {top}]'}, got {value!r}")
     return values
 
 # %% ../nbs/02_flow.ipynb #02-12
@@ -56,19 +57,19 @@ def particle_flow(
         init = (1 - eta_k)*g, h
     return torch.stack(xs)
 
-# %% ../nbs/02_flow.ipynb #02-19
+# %% ../nbs/02_flow.ipynb #02-20
 class _Ring:
     "The `capacity` paths that were written last, as states (steps+1, capacity, *shape)."
     def __init__(self, capacity, shape, steps, device):
         self.states = torch.empty(steps + 1, capacity, *shape, dtype=torch.float32, device=device)
-        self.capacity, self.shape, self.steps, self.seen = capacity, tuple(shape), steps, 0
+        self.capacity, self.shape, self.steps, self.seen, self.seconds = capacity, tuple(shape), steps, 0, 0.
 
     def __len__(self): return min(self.seen, self.capacity)
 
-    def write(self, xs):
+    def write(self, xs, seconds):
         xs = xs[:, -self.capacity:].to(self.states)
         self.states[:, (self.seen + torch.arange(xs.shape[1])) % self.capacity] = xs
-        self.seen += xs.shape[1]
+        self.seen, self.seconds = self.seen + xs.shape[1], self.seconds + seconds
 
 def _on_paths(states, filled, size, generator):
     "x, t and dx/dt at `size` random points of the first `filled` paths, half of them at visited states."
@@ -81,20 +82,20 @@ def _on_paths(states, filled, size, generator):
 def _check_shape(name, x, shape):
     if tuple(x.shape[2:]) != shape: raise ValueError(f"{name} must be of shape (B, n, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
 
-# %% ../nbs/02_flow.ipynb #02-20
+# %% ../nbs/02_flow.ipynb #02-21
 class TrajectoryPool(_Ring):
     "States visited by many minibatch flows: the training set of velocity matching (Algorithm 1)."
     def __init__(self,
         capacity:int,      # source–target pairs that are kept; later ones replace the oldest
         shape:tuple,       # shape of one sample
-        steps:int=5,       # Euler steps of each flow, K
+        steps:int=10,      # Euler steps of each flow, K
         blur=.05,          # square root of ε, a number or one for each step
         eta=None,          # Euler step, as in `particle_flow`
         tol:float=1e-2,    # L1 marginal error of each solve
         device="cpu",      # where the pool lives and the flows run
     ):
         super().__init__(capacity, shape, steps, device)
-        self.flow, self.seconds = dict(blur=blur, eta=eta, tol=tol), 0.
+        self.flow = dict(blur=blur, eta=eta, tol=tol)
 
     def add(self,
         x:Tensor,   # source (B, n, *shape): B minibatches of n
@@ -102,10 +103,9 @@ class TrajectoryPool(_Ring):
     )->Tensor:      # the flows (steps+1, B, n, *shape)
         "Run a flow on each minibatch and keep the states."
         for name, z in (("x", x), ("y", y)): _check_shape(name, z, self.shape)
-        self.seconds -= time.perf_counter()
+        start = time.perf_counter()
         xs = particle_flow(x.flatten(2), y.flatten(2), steps=self.steps, **self.flow).unflatten(-1, self.shape)
-        self.write(xs.flatten(1, 2))
-        self.seconds += time.perf_counter()
+        self.write(xs.flatten(1, 2), time.perf_counter() - start)
         return xs
 
     def batch(self,

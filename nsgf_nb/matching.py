@@ -39,6 +39,14 @@ def _ema(decay):
     return update
 
 # %% ../nbs/05_matching.ipynb #05-09
+def _watch(i, loss, bar):
+    "Show the loss; stop where it is no number."
+    value = loss.item()
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the loss is {value} at step {i}: try a smaller learning rate, or look for outliers in the data")
+    bar.set_postfix(loss=f"{value:.4f}", refresh=False)
+
+# %% ../nbs/05_matching.ipynb #05-10
 def fit(
     net:nn.Module,         # the field v(x, t) to train, in place
     batches,               # iterator of (x (B, *shape), t (B,), target like x)
@@ -63,14 +71,6 @@ def fit(
     if losses: _watch(len(losses) - 1, losses[-1], bar)
     losses = torch.stack(losses).cpu() if losses else torch.zeros(0)
     return Fitted(average.module, losses, time.perf_counter() - start, interrupted)
-
-# %% ../nbs/05_matching.ipynb #05-10
-def _watch(i, loss, bar):
-    "Show the loss; stop where it is no number."
-    value = loss.item()
-    if not math.isfinite(value):
-        raise FloatingPointError(f"the loss is {value} at step {i}: try a smaller learning rate, or look for outliers in the data")
-    bar.set_postfix(loss=f"{value:.4f}", refresh=False)
 
 # %% ../nbs/05_matching.ipynb #05-14
 def _check_sample(name, x, shape=None):
@@ -108,10 +108,12 @@ def as_sampler(
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         data = _stack(name, data)
     if isinstance(data, Tensor):
-        if len(_check_sample(name, data)) < 2: raise ValueError(f"{name} must hold at least 2 samples, got 1")
-        return _deal(data.detach(), generator)
+        data = _check_sample(name, data.detach())
+        if len(data) < 2: raise ValueError(f"{name} must hold at least 2 samples, got 1")
+        return _deal(data, generator)
     if not callable(data):
-        raise TypeError(f"{name} must be a tensor, a map-style Dataset or a function n -> (n, *shape), got {type(data).__name__}")
+        raise TypeError(f"{name} must be a tensor, a map-style Dataset or a function n -> (n, *shape), got {type(data).__name__}; "
+                        f"arrays and lists go in as torch.as_tensor({name})")
     def draw(n):
         x = _check_sample(f"{name}({n})", data(n))
         if len(x) != n: raise ValueError(f"{name}({n}) must return {n} samples, got shape {tuple(x.shape)}")
@@ -135,7 +137,7 @@ class NSGFConfig:
     ema: float = .999        # decay of the moving average of the weights
     width: int = 192         # of the MLP
     depth: int = 4           # of the MLP, hidden layers
-    seed: int = 0            # of everything that is drawn
+    seed: int = 0            # of everything drawn; the Fourier frequencies are part of the architecture, not drawn
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -146,9 +148,17 @@ class NSGFConfig:
         if self.blur_unit not in ("std", "data"): raise ValueError(f'blur_unit must be "std" or "data", got {self.blur_unit!r}')
         if not 0 <= self.ema < 1: raise ValueError(f"ema must lie in [0, 1), got {self.ema!r}")
 
-# %% ../nbs/05_matching.ipynb #05-23
+# %% ../nbs/05_matching.ipynb #05-21
+def _replace(config, settings):
+    "`config` with some settings replaced, all of which must exist."
+    known = [f.name for f in dataclasses.fields(NSGFConfig)]
+    for name in settings:
+        if name not in known: raise TypeError(f"{name!r} is no setting of NSGF; known are {', '.join(known)}")
+    return dataclasses.replace(config, **settings)
+
+# %% ../nbs/05_matching.ipynb #05-24
 def find_device(
-    device=None,   # "cpu", "cuda", "cuda:1", "mps", a torch.device; the best there is where None
+    device=None,   # "cpu", "cuda", "cuda:1", a torch.device; a GPU if there is one where None
 )->torch.device:   # one that exists
     "The device to compute on; raises `ValueError` where it does not exist here."
     if device is None: device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -157,21 +167,24 @@ def find_device(
         raise ValueError(f"device {str(device)!r} cannot be used here: {str(e).splitlines()[0]}") from None
     return torch.device(device)
 
-# %% ../nbs/05_matching.ipynb #05-26
+# %% ../nbs/05_matching.ipynb #05-27
 class _Coordinates:
-    "Between the data's unit and the model's: mean zero, root mean square one."
+    "Between the data's unit and the model's: mean zero, root mean square one, float32."
     def __init__(self, mean, scale): self.mean, self.scale, self.shape = mean, scale, tuple(mean.shape)
 
     @classmethod
     def of(cls, x, device):
-        x = x.to(device, torch.float32)
-        rms = (x - x.mean(0)).square().mean().sqrt()
-        return cls(x.mean(0), rms if rms > 0 else torch.ones_like(rms))    # one point, repeated, has no scale of its own
+        mean = x.double().mean(0)
+        scale = (x.double() - mean).square().mean().sqrt()
+        if (x == x[0]).all(): scale = torch.ones_like(scale)       # one point, repeated, has no scale of its own
+        elif not 0 < scale < math.inf or (mean.abs().max() > 1e5*scale and x.dtype == torch.float32):
+            raise ValueError(f"data varies by {scale:.3g} around {mean.abs().max():.3g}, too little for {x.dtype}: pass float64, or subtract the offset")
+        return cls(mean.to(device, x.dtype), scale.to(device, x.dtype))
 
-    def to_model(self, x): return (x.to(self.mean) - self.mean) / self.scale
-    def to_data(self, z): return z*self.scale + self.mean
+    def to_model(self, x): return ((x.to(self.mean) - self.mean) / self.scale).float()
+    def to_data(self, z): return z.to(self.mean)*self.scale + self.mean
 
-# %% ../nbs/05_matching.ipynb #05-29
+# %% ../nbs/05_matching.ipynb #05-30
 def _build_pool(c, coordinates, draw_x, draw_y, device, progress):
     "The pool of the config `c`, from samplers of source and target in the model's coordinates."
     most = c.pool_mb*2**18 // ((c.steps + 1)*math.prod(coordinates.shape))           # floats of four bytes
@@ -183,7 +196,7 @@ def _build_pool(c, coordinates, draw_x, draw_y, device, progress):
         pool.add(*(draw(group*c.minibatch).unflatten(0, (group, c.minibatch)) for draw in (draw_x, draw_y)))
     return pool
 
-# %% ../nbs/05_matching.ipynb #05-31
+# %% ../nbs/05_matching.ipynb #05-32
 @contextmanager
 def _seeded(seed):
     "torch's global CPU generator, seeded, for as long as it lasts; then as it was."
@@ -195,22 +208,24 @@ def _start(model, n, seed):
     "n draws of the model's source, in its coordinates."
     c = model.coordinates
     if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise ValueError(f"n must be an integer of at least 1, got {n!r}")
-    if model.source == "normal": return torch.randn(n, *c.shape, dtype=torch.float32, generator=torch.Generator().manual_seed(seed)).to(c.mean)
+    if model.source == "normal": return torch.randn(n, *c.shape, dtype=torch.float32, generator=torch.Generator().manual_seed(seed)).to(c.mean.device)
     if model.given is None:
         raise ValueError("this model was trained from a source of its own, which its file does not hold: pass x0, a tensor of draws from it")
     with _seeded(seed): return c.to_model(as_sampler(model.given, torch.Generator().manual_seed(seed), "source")(n))
 
-# %% ../nbs/05_matching.ipynb #05-32
+# %% ../nbs/05_matching.ipynb #05-33
 class VelocityModel:
     "A learned velocity field in coordinates of its own, and how to sample it."
-    net, source, given = None, "normal", None     # source is "normal", or "given": then by `given`, as it came to fit
+    config = coordinates = net = None  # set by fit or load
+    source, given = "normal", None     # or "given", by what came to fit as its source
+    losses, seconds = None, None       # of every step; of pool and training: set by fit
 
     def __call__(self,
         x:Tensor,  # samples (B, *shape), in the data's unit
         t,         # times in [0, 1], (B,) or a number
     )->Tensor:     # dx/dt, like x
         "The field in the data's unit."
-        with torch.no_grad(): return (self._fitted()(self.coordinates.to_model(x), t) * self.coordinates.scale).to(x)
+        with torch.no_grad(): return (self._fitted()(self.coordinates.to_model(x), t).to(x) * self.coordinates.scale).to(x)
 
     def _fitted(self):
         if self.net is None: raise RuntimeError("this model has no network yet: call fit(data), or load(path)")
@@ -225,11 +240,12 @@ class VelocityModel:
     )->Tensor:                 # (n, *shape), or (steps+1, n, *shape), in the data's unit
         "Draw from the source and integrate the field from 0 to 1 (Algorithm 2)."
         net, c = self._fitted(), self.coordinates
+        if x0 is not None and n not in (None, len(x0)): raise ValueError(f"n must be the number of rows of x0, {len(x0)}, or left out, got {n}")
         z = _start(self, n, seed) if x0 is None else c.to_model(_check_sample("x0", x0, c.shape))
         out = [euler(net, u, self.config.steps if steps is None else steps, trajectory) for u in z.split(4096 if z.device.type == "cpu" else 2**17)]
         return c.to_data(torch.cat(out, 1 if trajectory else 0))
 
-# %% ../nbs/05_matching.ipynb #05-34
+# %% ../nbs/05_matching.ipynb #05-35
 _FORMAT = "nsgf_nb/1"
 
 def _write(path, tensors, about):
@@ -238,8 +254,7 @@ def _write(path, tensors, about):
     path, text = Path(path), json.dumps(about, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     blob = save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, {"nsgf_nb": json.dumps(about)})
-    beside = path.with_name((path.name if path.suffix == ".json" else path.stem) + ".json")
-    for p, content in ((path, blob), (beside, text.encode())):
+    for p, content in ((path, blob), (path.with_name(path.name + ".json"), text.encode())):
         tmp = p.with_name(p.name + ".tmp")
         tmp.write_bytes(content)
         os.replace(tmp, p)
@@ -255,7 +270,7 @@ def _read(path):
     if about.get("format") != _FORMAT: raise ValueError(f"{path} has format {about.get('format')!r}; this version of nsgf_nb reads {_FORMAT!r}")
     return tensors, about
 
-# %% ../nbs/05_matching.ipynb #05-35
+# %% ../nbs/05_matching.ipynb #05-36
 def _save(model, path):
     net, c = model._fitted(), model.coordinates
     about = dict(format=_FORMAT, model=type(model).__name__, config=dataclasses.asdict(model.config), shape=list(c.shape), source=model.source)
@@ -267,11 +282,12 @@ def _check_tensors(tensors, about, config):
     if layers != config.depth + 1: raise ValueError(f"it holds {layers} layers, its config says {config.depth + 1}")
     if about["source"] not in ("normal", "given"): raise ValueError(f"unknown source {about['source']!r}")
     for k, t in tensors.items():
-        if t.dtype != torch.float32: raise ValueError(f"{k} is of type {t.dtype}, expected torch.float32")
+        if k.startswith("net.") and t.dtype != torch.float32: raise ValueError(f"{k} is of type {t.dtype}, expected torch.float32")
     for k, shape in (("mean", tuple(about["shape"])), ("scale", ())):
         if tensors[k].shape != shape: raise ValueError(f"{k} has shape {tuple(tensors[k].shape)}, expected {shape}")
+        if tensors[k].dtype not in (torch.float32, torch.float64): raise ValueError(f"{k} is of type {tensors[k].dtype}, expected torch.float32 or float64")
 
-# %% ../nbs/05_matching.ipynb #05-36
+# %% ../nbs/05_matching.ipynb #05-37
 def _load(cls, path, device):
     (tensors, about), device = _read(path), find_device(device)
     if about.get("model") != cls.__name__: raise ValueError(f"{path} holds a model of type {about.get('model')!r}, not {cls.__name__!r}")
@@ -286,12 +302,12 @@ def _load(cls, path, device):
     model.coordinates = _Coordinates(tensors["mean"].to(model.device), tensors["scale"].to(model.device))
     return model
 
-# %% ../nbs/05_matching.ipynb #05-38
+# %% ../nbs/05_matching.ipynb #05-39
 def _samplers(model, data, source, generator):
     "Coordinates from 16,384 draws of the target, and samplers of source and target in them."
     draw_y, draw_x = as_sampler(data, generator), source is not None and as_sampler(source, generator, "source")
     k = _Coordinates.of(draw_y(2**14), model.device)
-    def normal(n): return torch.randn(n, *k.shape, dtype=torch.float32, generator=generator).to(k.mean)
+    def normal(n): return torch.randn(n, *k.shape, dtype=torch.float32, generator=generator).to(k.mean.device)
     def given(n): return k.to_model(_check_sample("source", draw_x(n), k.shape))
     return k, given if draw_x else normal, lambda n: k.to_model(draw_y(n))
 
@@ -310,7 +326,7 @@ def _fit(model, data, source, progress):
     if fitted.interrupted:
         raise KeyboardInterrupt(f"stopped after {len(fitted.losses):,} of {c.train_steps:,} steps; the model keeps what it has learned")
 
-# %% ../nbs/05_matching.ipynb #05-39
+# %% ../nbs/05_matching.ipynb #05-40
 class NSGF(VelocityModel):
     "Neural Sinkhorn gradient flow: `NSGF().fit(data).sample(n)`."
     def __init__(self,
@@ -318,22 +334,27 @@ class NSGF(VelocityModel):
         device=None,                    # where to compute; a GPU if there is one
         **settings,                     # single settings, in place of those of `config`
     ):
-        self.config, self.device = dataclasses.replace(config, **settings), find_device(device)
+        self.config, self.device = _replace(config, settings), find_device(device)
 
     def fit(self,
         data,               # tensor (N, *shape), map-style Dataset, or function n -> (n, *shape)
         source=None,        # the same, for the source; N(0, I) in the model's coordinates where None
         progress:bool=True, # show bars, and a line with the times
     ):                      # the model itself
-        "Learn the Sinkhorn flow from `source` to `data` (Algorithm 1)."
+        "Learn the Sinkhorn flow from `source` to `data` (Algorithm 1). After Ctrl-C the model keeps what it has learned."
         with _seeded(self.config.seed): _fit(self, data, source, progress)
         return self
 
-    def save(self, path): # path: file to write; a .json for people goes beside it
+    def save(self,
+        path,  # file to write; its configuration goes beside it, as path.json, for people
+    ):
         "Write the model to one safetensors file."
         _save(self, path)
 
     @classmethod
-    def load(cls, path, device=None):
+    def load(cls,
+        path,        # file that `save` wrote
+        device=None, # where to compute; a GPU if there is one
+    ):               # an `NSGF`
         "Read a file that `save` wrote; `ValueError` where it is broken, of another version or not ours."
         return _load(cls, path, device)

@@ -16,16 +16,17 @@ from .sinkhorn import check_points
 
 # %% ../nbs/07_metrics.ipynb #07-07
 def _clouds(x, y):
-    "Check two samples, flatten them to (N, D) and (M, D), and give them float64 on the CPU"
+    "Check two samples, flatten them to (N, D) and (M, D), and give them float64 on the CPU."
     x, y = check_points("x", x), check_points("y", y)
     if x.shape[1:] != y.shape[1:]: raise ValueError(f"y must have points of shape {tuple(x.shape[1:])} like x, got {tuple(y.shape[1:])}")
     return tuple(z.detach().flatten(1).cpu().double() for z in (x, y))
 
+# %% ../nbs/07_metrics.ipynb #07-08
 def w2(
     x:Tensor, # sample (N, *shape)
     y:Tensor, # sample (M, *shape); M may differ from N
-)->float: # W2, in the unit of x
-    "Exact 2-Wasserstein distance between two samples"
+)->float:     # W2, in the unit of x
+    "Exact 2-Wasserstein distance between two samples."
     import ot
     x, y = _clouds(x, y)
     cost = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square_()
@@ -33,9 +34,9 @@ def w2(
     if log["warning"] is not None: raise RuntimeError(f"w2: POT did not reach the optimum for {len(x)} x {len(y)} points: {log['warning']}")
     return math.sqrt(max(float(value), 0.))
 
-# %% ../nbs/07_metrics.ipynb #07-15
+# %% ../nbs/07_metrics.ipynb #07-16
 def _directions(dim, count, seed):
-    "(count, dim) unit vectors: even over a half circle in the plane, random otherwise"
+    "(count, dim) unit vectors: even over a half circle in the plane, random otherwise."
     if dim == 2:
         angle = torch.arange(count, dtype=torch.float64)*math.pi/count
         return torch.stack([angle.cos(), angle.sin()], 1)
@@ -43,19 +44,19 @@ def _directions(dim, count, seed):
     return u/u.norm(dim=1, keepdim=True)
 
 def _quantile_pairs(N, M):
-    "Which of N sorted values meets which of M, and the share of mass that each meeting moves"
+    "Which of N sorted values meets which of M, and the share of mass that each meeting moves."
     if N == M: return slice(None), slice(None), np.full(N, 1/N)
     levels = np.union1d(np.arange(1, N + 1)*M, np.arange(1, M + 1)*N) # in units of 1/(N M): where a quantile function jumps
     return (levels - 1)//M, (levels - 1)//N, np.diff(levels, prepend=0)/(N*M)
 
-# %% ../nbs/07_metrics.ipynb #07-16
+# %% ../nbs/07_metrics.ipynb #07-17
 def sw2(
-    x:Tensor, # sample (N, *shape)
-    y:Tensor, # sample (M, *shape); M may differ from N
+    x:Tensor,           # sample (N, *shape)
+    y:Tensor,           # sample (M, *shape); M may differ from N
     directions:int=300, # how many lines to project on
-    seed:int=0, # of the directions, unless the points are in the plane
-)->float: # SW2, in the unit of x
-    "Sliced 2-Wasserstein distance between two samples"
+    seed:int=0,         # of the directions, unless the points are in the plane
+)->float:               # SW2, in the unit of x
+    "Sliced 2-Wasserstein distance between two samples."
     if directions < 1: raise ValueError(f"directions: expected at least 1, got {directions}")
     x, y = _clouds(x, y)
     i, j, weight = _quantile_pairs(len(x), len(y))
@@ -65,9 +66,9 @@ def sw2(
         total += (np.square(px[:, i] - py[:, j]) @ weight).sum()
     return math.sqrt(total/directions)
 
-# %% ../nbs/07_metrics.ipynb #07-22
+# %% ../nbs/07_metrics.ipynb #07-23
 class Estimate(NamedTuple):
-    "A mean with its standard error, nan if there was a single value; `Estimate.of(values)` makes one"
+    "A mean with its standard error, nan if there was a single value; `Estimate.of(values)` makes one."
     mean:float
     se:float
 
@@ -75,31 +76,31 @@ class Estimate(NamedTuple):
 
     @classmethod
     def of(cls, values:Sequence[float]): # independent values, or an Estimate, which is returned as it is
-        "The mean of `values` and its standard error"
+        "The mean of `values` and its standard error."
         if isinstance(values, cls): return values
         v = np.asarray([float(a) for a in values])
         if len(v) == 0: raise ValueError("Estimate: expected at least one value, got none")
         return cls(float(v.mean()), float(v.std(ddof=1)/math.sqrt(len(v))) if len(v) > 1 else math.nan)
 
-# %% ../nbs/07_metrics.ipynb #07-25
+# %% ../nbs/07_metrics.ipynb #07-26
 def floor(
     metric:Callable, # such as `w2`: two samples -> float
-    draw:Callable, # n, seed -> a sample (n, *shape)
-    n:int, # points in each sample
-    pairs:int=10, # pairs of samples to average over
-    seed:int=0,
-)->Estimate: # mean and standard error, in the unit of the metric
-    "The distance between two fresh independent samples of the same law"
+    draw:Callable,   # n, seed -> a sample (n, *shape)
+    n:int,           # points in each sample
+    pairs:int=10,    # pairs of samples to average over
+    seed:int=0,      # makes the seeds of the samples
+)->Estimate:         # mean and standard error, in the unit of the metric
+    "The distance between two fresh independent samples of the same law."
     if pairs < 1: raise ValueError(f"pairs: expected at least 1, got {pairs}")
     first = int(torch.randint(2**20, 2**31 - 2**20, (), generator=torch.Generator().manual_seed(seed)))
     return Estimate.of([metric(draw(n, first + 2*k), draw(n, first + 2*k + 1)) for k in range(pairs)])
 
-# %% ../nbs/07_metrics.ipynb #07-30
+# %% ../nbs/07_metrics.ipynb #07-31
 def ratio(
     values:Sequence[float]|Estimate, # distances of a model's samples to the target, or their Estimate
     floors:Sequence[float]|Estimate, # distances between pairs of target samples, or what `floor` returned
-)->Estimate: # ratio of the means and its standard error
-    "How many times the floor the values are, on average"
+)->Estimate:                         # ratio of the means and its standard error
+    "How many times the floor the values are, on average."
     (v, dv), (f, df) = Estimate.of(values), Estimate.of(floors)
     if not f > 0: raise ValueError(f"floors: expected a positive mean, got {f}")
     return Estimate(v/f, math.hypot(dv, v/f*df)/f)

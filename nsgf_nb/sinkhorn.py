@@ -6,7 +6,7 @@
 __all__ = ['cost', 'softmin', 'check_points', 'potentials', 'barycentric_map', 'velocity', 'divergence']
 
 # %% ../nbs/01_sinkhorn.ipynb #01-04
-import warnings
+import numbers, warnings
 import torch
 from torch import Tensor
 
@@ -51,7 +51,7 @@ def _sweep(P, a, b, omega, iters):
         v = v * (b / (v * _vecmat(u, P)))**omega
     return u.log(), v.log()
 
-# %% ../nbs/01_sinkhorn.ipynb #01-22
+# %% ../nbs/01_sinkhorn.ipynb #01-23
 def _solve(C, la, lb, g, eps, start, tol, max_iter):
     "Potentials, plan and marginal error of a batch of problems, annealed from `start` to `eps`."
     a, b, CT = la.exp(), lb.exp(), C.mT.contiguous()
@@ -69,7 +69,7 @@ def _solve(C, la, lb, g, eps, start, tol, max_iter):
         g = g + e*_sweep(P, a, b, omega, iters)[1]
         e, done = max(e/4, eps), done + iters
 
-# %% ../nbs/01_sinkhorn.ipynb #01-24
+# %% ../nbs/01_sinkhorn.ipynb #01-25
 def _solve_self(C, la, f, eps, tol, max_iter):
     "The same for a cloud against itself, where f = g."
     a, done = la.exp(), 0
@@ -82,7 +82,7 @@ def _solve_self(C, la, f, eps, tol, max_iter):
         for _ in range(5): u = (u * a / _vecmat(u, P)).sqrt()
         f, done = f + eps*u.log(), done + 5
 
-# %% ../nbs/01_sinkhorn.ipynb #01-26
+# %% ../nbs/01_sinkhorn.ipynb #01-27
 def check_points(
     name:str,         # what the caller calls it
     x:Tensor,         # should be (..., N, D), floating point, finite
@@ -102,9 +102,9 @@ def check_points(
                          f"the first at index {tuple(bad.nonzero()[0].tolist())}")
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
-# %% ../nbs/01_sinkhorn.ipynb #01-28
+# %% ../nbs/01_sinkhorn.ipynb #01-29
 def _check_blur(blur):
-    if not (isinstance(blur, (int, float)) and 0 < blur < float("inf")):
+    if isinstance(blur, bool) or not isinstance(blur, numbers.Real) or not 0 < blur < float("inf"):
         raise ValueError(f"blur must be a positive number, in the units of x, got {blur!r}")
 
 def _check_weights(weights, x, y):
@@ -116,7 +116,7 @@ def _check_weights(weights, x, y):
         if not (w > 0).all() or (w.sum(-1) - 1).abs().max() > 1e-4: raise ValueError(f"{name} must be positive and sum to 1")
     return weights[0].log(), weights[1].log()
 
-# %% ../nbs/01_sinkhorn.ipynb #01-30
+# %% ../nbs/01_sinkhorn.ipynb #01-31
 _SLICE = {"cpu": 2**18, "cuda": 2**26}      # entries of the cost matrices that are worked on at a time
 
 def _solve_slice(x, y, la, lb, init, eps, tol, max_iter):
@@ -130,7 +130,7 @@ def _solve_slice(x, y, la, lb, init, eps, tol, max_iter):
         f, g, P, err = _solve(C, la, lb, init, eps, start, tol, max_iter)
     return f, g, P @ y / P.sum(-1, keepdim=True), err
 
-# %% ../nbs/01_sinkhorn.ipynb #01-31
+# %% ../nbs/01_sinkhorn.ipynb #01-32
 @torch.no_grad()
 def _entropic(x, y, blur, tol, max_iter, init, weights):
     "Check, flatten the leading dimensions, solve slice by slice, put back: f, g and T."
@@ -149,7 +149,7 @@ def _entropic(x, y, blur, tol, max_iter, init, weights):
         warnings.warn(f"Sinkhorn stopped at max_iter={max_iter} with a marginal error of {err.amax():.1e}, above tol={tol:.1e}")
     return f.reshape(*lead, N), g.reshape(*lead, M), T.reshape(*lead, N, D)
 
-# %% ../nbs/01_sinkhorn.ipynb #01-33
+# %% ../nbs/01_sinkhorn.ipynb #01-34
 def potentials(
     x:Tensor,          # points (..., N, D)
     y:Tensor,          # points (..., M, D)
@@ -164,7 +164,7 @@ def potentials(
     k = (g.mean(-1, keepdim=True) - f.mean(-1, keepdim=True)) / 2
     return f + k, g - k
 
-# %% ../nbs/01_sinkhorn.ipynb #01-36
+# %% ../nbs/01_sinkhorn.ipynb #01-37
 def barycentric_map(
     x:Tensor,          # points (..., N, D)
     y:Tensor,          # points (..., M, D)
@@ -177,7 +177,7 @@ def barycentric_map(
     "The barycentric projection of the entropic plan; ∇f(x) = x − T(x)."
     return _entropic(x, y, blur, tol, max_iter, init, weights)[2].to(x.dtype)
 
-# %% ../nbs/01_sinkhorn.ipynb #01-38
+# %% ../nbs/01_sinkhorn.ipynb #01-39
 def velocity(
     x:Tensor,          # particles (..., N, D)
     y:Tensor,          # sample of the target (..., M, D)
@@ -195,14 +195,14 @@ def velocity(
     v = (T - S).to(x.dtype)
     return (v, (g, h)) if return_init else v
 
-# %% ../nbs/01_sinkhorn.ipynb #01-45
+# %% ../nbs/01_sinkhorn.ipynb #01-46
 def _extend(x, y, g, blur, weights):
     "f at x as a differentiable function of x alone, given the potential g at y."
     eps, y = blur**2, y.detach()
     lb = _check_weights(weights, x, y)[1]
     return softmin(cost(x, y), g + eps*lb, eps)
 
-# %% ../nbs/01_sinkhorn.ipynb #01-46
+# %% ../nbs/01_sinkhorn.ipynb #01-47
 def divergence(
     x:Tensor,          # points (..., N, D)
     y:Tensor,          # points (..., M, D)
@@ -212,7 +212,8 @@ def divergence(
     weights:tuple=None,# (a, b), positive, each summing to 1
 )->Tensor:             # S_ε(x, y) (...), in squared units of x; differentiable once in x and y
     "The Sinkhorn divergence (Genevay et al. 2018; Feydy et al. 2019)."
-    check_points("y", y, like=check_points("x", x))
+    x = check_points("x", x)
+    y = check_points("y", y, like=x)
     a, b = weights or (x.new_full((x.shape[-2],), 1/x.shape[-2]), y.new_full((y.shape[-2],), 1/y.shape[-2]))
     f, g, _ = _entropic(x, y, blur, tol, max_iter, None, weights)
     p = _entropic(x, None, blur, tol, max_iter, None, (a, a))[0]

@@ -21,7 +21,7 @@ from nsgf_nb.matching import NSGFConfig
 
 root = Path(__file__).resolve().parent.parent
 TINY = NSGFConfig(steps=4, pool_size=512, minibatch=64, blur=.3, train_steps=20, batch_size=64, width=16, depth=1)
-WRITTEN = ["model.json", "model.safetensors", "paths.png", "result.json"]
+WRITTEN = ["model.safetensors", "model.safetensors.json", "paths.png", "result.json"]
 VERBS = "demo", "train", "sample", "evaluate", "info"
 
 
@@ -176,7 +176,7 @@ def test_info(nsgf, monkeypatch):
     monkeypatch.setenv("NSGF_NB_DATA", "/some/where")
     code, out, err = nsgf("info")
     assert code == 0 and not err and torch.__version__ in out and "/some/where" in out and str(Path("runs").resolve()) in out
-    assert all(re.search(rf"^{key}\b", out, re.M) for key in ("nsgf_nb", "python", "torch", "device", "data", "runs"))
+    assert all(re.search(rf"^{key}\b", out, re.M) for key in ("nsgf_nb", "python", "torch", "device", "data", "weights"))
 
 
 def test_python_m_is_the_command():
@@ -210,7 +210,7 @@ def test_paths_without_a_model(nsgf, verb):
 @pytest.mark.parametrize("verb", ("sample", "evaluate"))
 def test_tampered_models_are_one_sentence(nsgf, trained, verb):
     from safetensors.torch import load_file, save_file
-    about = json.loads((trained.parent/"model.json").read_text())
+    about = json.loads((trained.parent/"model.safetensors.json").read_text())
     about["config"]["width"] = 17
     save_file(load_file(trained), trained, {"nsgf_nb": json.dumps(about)})
     fails(nsgf(verb, trained), "does not describe a whole NSGF")

@@ -116,7 +116,9 @@ def test_the_same_sample_in_every_form():
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float64), ids=str)
 def test_floats_of_any_precision_go_in(dtype):
     data = normal(100, 2).to(dtype)
-    assert torch.equal(tiny(data).sample(5), tiny(data.float()).sample(5))
+    x = tiny(data).sample(5)
+    assert x.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_close(x, tiny(data.float()).sample(5), check_dtype=False, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("shape", ((1,), (5,), (3, 2, 2)))
@@ -329,8 +331,8 @@ def test_same_bits_in_a_fresh_process():
 def test_round_trip(model, saved, tmp_path):
     again = NSGF.load(saved)
     assert again.config == model.config and torch.equal(again.sample(20, seed=5), model.sample(20, seed=5))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
-    about = json.loads((tmp_path/"model.json").read_text())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "model.safetensors.json"]
+    about = json.loads((tmp_path/"model.safetensors.json").read_text())
     with safe_open(saved, "pt") as f: assert json.loads(f.metadata()["nsgf_nb"]) == about
     assert about["config"]["steps"] == 4 and about["format"] == "nsgf_nb/1" and about["model"] == "NSGF" and about["shape"] == [2]
     again.save(tmp_path/"deep"/"er"/"again.safetensors")
