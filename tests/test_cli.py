@@ -26,7 +26,7 @@ VERBS = "demo", "train", "sample", "evaluate", "info"
 
 
 def small(target, **kw):
-    return Experiment(target, TINY, **{**dict(w2_draws=2, sw2_draws=2, floor_pairs=2, w2_points=64, sw2_points=500, steps=(4, 8)), **kw})
+    return Experiment(target, TINY, **{**dict(w2_draws=2, sw2_draws=(2, 2), floor_pairs=2, w2_points=64, sw2_points=500, steps=(4, 8)), **kw})
 
 
 @pytest.fixture(autouse=True)
