@@ -48,7 +48,7 @@ def convert():
     resources = {"unique_key": "figure", "output_files_dir": pictures}
     text, resources = MarkdownExporter().from_notebook_node(nb, resources)
     text = re.sub(r"\x1b\[[0-9;]*m|[ \t]+$", "", text, flags=re.M)
-    text = re.sub(r"^```python\n```\n", "", text, flags=re.M)
+    text = re.sub(r"^```python\n\s*```\n", "", text, flags=re.M)
     text = re.sub(r"\n{3,}", "\n\n", text).strip()
     return header + text + "\n", {str(PurePosixPath(k)): v for k, v in resources.get("outputs", {}).items()}
 
