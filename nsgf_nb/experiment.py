@@ -30,7 +30,7 @@ class Experiment:
     sw2_draws: tuple = (10, 3)      # pairs of 100,000 points for SW2, at each of `steps`: at 100 they are slow to draw
 
 EXPERIMENTS = {f"2d-{target}": Experiment(target, NSGFConfig()) for target in TARGETS}
-DEMO = Experiment("8gaussians", NSGFConfig(pool_size=2**18, train_steps=6000), floor_pairs=20, steps=(10,), sw2_draws=(3,))
+DEMO = Experiment("8gaussians", NSGFConfig(pool_size=2**18, train_steps=5000), floor_pairs=20, steps=(10,), sw2_draws=(8,))
 
 # %% ../nbs/10_experiment.ipynb #10-09
 def measure_floors(
@@ -130,7 +130,7 @@ def _draw_paths(e, model, path):
     from matplotlib.figure import Figure
     ax = Figure(figsize=(5, 4), dpi=110, layout="constrained").subplots()
     xs = draw(e.target, model, 1000, 4_000_000, trajectory=True).cpu()
-    show_paths(xs, title=f"NSGF on {e.target}, {len(xs) - 1} Euler steps", ax=ax)
+    show_paths(xs, title=f"NSGF on {e.target}, {len(xs) - 1} Euler steps", ax=ax, limit=250)
     ax.figure.savefig(path)
 
 # %% ../nbs/10_experiment.ipynb #10-18
