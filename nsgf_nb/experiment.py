@@ -30,7 +30,7 @@ class Experiment:
     sw2_draws: tuple = (10, 3)      # pairs of 100,000 points for SW2, at each of `steps`: at 100 they are slow to draw
 
 EXPERIMENTS = {f"2d-{target}": Experiment(target, NSGFConfig()) for target in TARGETS}
-DEMO = Experiment("8gaussians", NSGFConfig(pool_size=2**18, train_steps=5000), floor_pairs=20, steps=(10,), sw2_draws=(8,))
+DEMO = Experiment("8gaussians", NSGFConfig(pool_size=2**18, train_steps=4500), floor_pairs=15, steps=(10,), sw2_draws=(5,))
 
 # %% ../nbs/10_experiment.ipynb #10-09
 def measure_floors(
