@@ -126,7 +126,6 @@ def _train(e, seed, device, progress, folder):
     return model
 
 def _draw_paths(e, model, path):
-    import matplotlib
     from matplotlib.figure import Figure
     ax = Figure(figsize=(5, 4), dpi=110, layout="constrained").subplots()
     xs = draw(e.target, model, 1000, 4_000_000, trajectory=True).cpu()
