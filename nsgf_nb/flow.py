@@ -45,14 +45,18 @@ def particle_flow(
     steps:int=10,      # number of steps K
     tol:float=1e-2,    # L1 marginal error of each solve
     max_iter:int=2000, # iterations of each solve, with a warning where they do not suffice
+    self_term:str="same", # as in `velocity`; or "independent": against the particles of the next flow of the batch
 )->Tensor:             # all states (steps+1, ..., N, D)
     "Euler steps x ← x + η·v(x) of the Wasserstein gradient flow of S_ε(·, y)."
     if steps < 1: raise ValueError(f"steps must be at least 1, got {steps}")
     etas = [1/(steps - k) for k in range(steps)] if eta is None else _schedule("eta", eta, steps, top=1)
     lead = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     xs, init = [x.expand(*lead, *x.shape[-2:])], None
+    independent = self_term == "independent"
+    if independent and (not lead or lead[-1] < 2): raise ValueError(f"self_term='independent' needs at least 2 flows, x and y of shape (..., B, n, D), got {tuple(xs[0].shape)}")
     for blur_k, eta_k in zip(_schedule("blur", blur, steps), etas):
-        v, (g, h) = velocity(xs[-1], y, blur_k, tol, max_iter, init, return_init=True)
+        own = xs[-1].roll(1, -3) if independent else self_term
+        v, (g, h) = velocity(xs[-1], y, blur_k, tol, max_iter, init, self_term=own, return_init=True)
         xs.append(xs[-1] + eta_k*v)
         init = (1 - eta_k)*g, h
     return torch.stack(xs)
@@ -93,9 +97,10 @@ class TrajectoryPool(_Ring):
         eta=None,          # Euler step, as in `particle_flow`
         tol:float=1e-2,    # L1 marginal error of each solve
         device="cpu",      # where the pool lives and the flows run
+        self_term:str="same", # as in `particle_flow`
     ):
         super().__init__(capacity, shape, steps, device)
-        self.flow = dict(blur=blur, eta=eta, tol=tol)
+        self.flow = dict(blur=blur, eta=eta, tol=tol, self_term=self_term)
 
     def add(self,
         x:Tensor,   # source (B, n, *shape): B minibatches of n

@@ -131,6 +131,7 @@ class NSGFConfig:
     pool_size: int = 2**20   # source–target pairs in the pool, at most …
     pool_mb: int = 512       # … and no more than fit into so many MB
     tol: float = 1e-2        # L1 marginal error of the Sinkhorn solves
+    self_term: str = "same"  # of the velocity: "same" batch, "masked" diagonal or "independent" batch
     train_steps: int = 16000 # optimiser steps
     batch_size: int = 1024   # states in each
     lr: float = 2e-3         # highest learning rate
@@ -145,7 +146,8 @@ class NSGFConfig:
             if isinstance(value, bool) or not isinstance(value, kind): raise TypeError(f"{f.name} must be of type {f.type.__name__}, got {value!r}")
             if f.type is not str and f.name not in ("seed", "ema") and not 0 < value < math.inf:
                 raise ValueError(f"{f.name} must be {'at least 1' if f.type is int else 'a positive number'}, got {value!r}")
-        if self.blur_unit not in ("std", "data"): raise ValueError(f'blur_unit must be "std" or "data", got {self.blur_unit!r}')
+        for name, known in (("blur_unit", ("std", "data")), ("self_term", ("same", "masked", "independent"))):
+            if getattr(self, name) not in known: raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if not 0 <= self.ema < 1: raise ValueError(f"ema must lie in [0, 1), got {self.ema!r}")
 
 # %% ../nbs/05_matching.ipynb #05-21
@@ -191,7 +193,7 @@ def _build_pool(c, coordinates, draw_x, draw_y, device, progress):
     group = max(1, 4096 // c.minibatch)                                               # minibatches solved per call
     calls = max(1, min(c.pool_size, most) // (group*c.minibatch))
     blur = c.blur if c.blur_unit == "std" else c.blur/coordinates.scale.item()
-    pool = TrajectoryPool(calls*group*c.minibatch, coordinates.shape, c.steps, blur, tol=c.tol, device=device)
+    pool = TrajectoryPool(calls*group*c.minibatch, coordinates.shape, c.steps, blur, tol=c.tol, device=device, self_term=c.self_term)
     for _ in tqdm(range(calls), desc="pool", disable=not progress, mininterval=.5):
         pool.add(*(draw(group*c.minibatch).unflatten(0, (group, c.minibatch)) for draw in (draw_x, draw_y)))
     return pool

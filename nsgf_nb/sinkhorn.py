@@ -120,7 +120,7 @@ def _solve_self(G, a, p, tol, max_iter):
         s = u*torch.bmm(u, P)
 
 # %% ../nbs/01_sinkhorn.ipynb #01-31
-_SLICE = {"cpu": 2**21, "cuda": 2**27}   # entries of a batch that are worked on at a time
+_SLICE = {"cpu": 2**20, "cuda": 2**27}   # entries of a batch that are worked on at a time
 _STREAM = 2**26                          # a single problem with more pairs than this is streamed
 _BLOCK = 2**22                           # pairs of a block
 
@@ -260,7 +260,7 @@ def _entropic(mu, nu, blur, tol, max_iter, init, masked=False):
     if not own: base = base + torch.bmm(mu.mean - nu.mean, nu.X.mT)
     h = None if init is None else (init.to(base)/blur**2).expand(*init.shape[:-1], base.shape[-1]).reshape(-1, 1, base.shape[-1]) + base
     N, M, D = mu.X.shape[1], *nu.X.shape[1:]
-    size = 1 if N*M > _STREAM else max(1, _SLICE.get(base.device.type, 2**21)//max(N*M, N*D, M*D))
+    size = 1 if N*M > _STREAM else max(1, _SLICE.get(base.device.type, 2**20)//max(N*M, N*D, M*D))
     args = mu.X, None if own and not masked else nu.X, mu.w, nu.w, h
     outs = [_dispatch(*(None if t is None else t[i:i+size] for t in args), tol, max_iter, masked) for i in range(0, len(base), size)]
     h, T, err, its = outs[0] if len(outs) == 1 else map(torch.cat, zip(*outs))

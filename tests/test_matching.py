@@ -149,7 +149,7 @@ def test_an_epoch_deals_everything_once():
 @pytest.mark.parametrize("settings, error, words", (
     (dict(blur=0.), ValueError, "blur must be a positive number, got 0.0"), (dict(blur=-1), ValueError, "blur must be a positive number, got -1"),
     (dict(blur=math.nan), ValueError, "blur must be"), (dict(blur="a"), TypeError, "blur must be of type float, got 'a'"),
-    (dict(blur=True), TypeError, "blur must be of type float, got True"), (dict(blur_unit="cm"), ValueError, 'blur_unit must be "std" or "data", got \'cm\''),
+    (dict(blur=True), TypeError, "blur must be of type float, got True"), (dict(blur_unit="cm"), ValueError, "blur_unit must be one of std, data, got 'cm'"),
     (dict(steps=0), ValueError, "steps must be at least 1, got 0"), (dict(steps=-1), ValueError, "steps must be at least 1, got -1"),
     (dict(steps=2.5), TypeError, "steps must be of type int, got 2.5"), (dict(train_steps=0), ValueError, "train_steps must be at least 1"),
     (dict(batch_size=0), ValueError, "batch_size"), (dict(minibatch=0), ValueError, "minibatch"), (dict(lr=0.), ValueError, "lr must be"),
