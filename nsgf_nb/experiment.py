@@ -100,7 +100,7 @@ def _folder(path):
     except OSError as e: raise OSError(f"cannot write to the folder {path}: {e.strerror}") from None
     return path
 
-def _circumstances(model):
+def _circumstances(device):
     "Where and with what a number was made."
     root, commit = Path(nsgf_nb.__file__).parent.parent, None
     if (root/"settings.ini").is_file():                     # a checkout, not an installation
@@ -108,7 +108,7 @@ def _circumstances(model):
             git = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True)
             commit = git.stdout.strip() or None
     return dict(package=nsgf_nb.__version__, commit=commit, torch=torch.__version__, python=platform.python_version(),
-                machine=platform.machine(), device=str(model.device), threads=torch.get_num_threads())
+                machine=platform.machine(), device=str(device), threads=torch.get_num_threads())
 
 # %% ../nbs/10_experiment.ipynb #10-17
 def _train(e, seed, device, progress, folder):
@@ -149,7 +149,7 @@ def run(
     floors = floors or measure_floors(e)
     command = f"nsgf demo --seed {seed}" if name == "demo" else f"nsgf train {name} --seeds {seed}" if name in EXPERIMENTS else None
     result = dict(experiment=name, seed=seed, command=command,
-        protocol=dataclasses.asdict(dataclasses.replace(e, config=model.config)), made_with=_circumstances(model), floors=floors, measured=measure(e, model, floors, seed),
+        protocol=dataclasses.asdict(dataclasses.replace(e, config=model.config)), made_with=_circumstances(model.device), floors=floors, measured=measure(e, model, floors, seed),
         w2_along_the_way=_along_the_way(e, model), loss=model.losses[-500:].mean().item(),
         seconds=dict(model.seconds, measuring=time.perf_counter() - trained, total=time.perf_counter() - start))
     _write_json(folder/"result.json", result)
@@ -215,6 +215,14 @@ def _evaluate(args):
     print(_report(dict(floors=floors, measured=measure(e, model, floors, args.seed))))
 
 # %% ../nbs/10_experiment.ipynb #10-26
+def _bench(args):
+    from nsgf_nb.speed import bench
+    device, path = find_device(args.device), _folder(Path(args.out))/f"{args.what}.json"
+    print("quick: tiny sizes, to see that everything works" if args.quick else "about ten minutes on two CPU cores, which should be doing nothing else", flush=True)
+    bench(path=path, device=str(device), quick=args.quick, made_with=_circumstances(device))
+    print(f"wrote {path}")
+
+# %% ../nbs/10_experiment.ipynb #10-27
 def _info(args):
     import matplotlib, ot, safetensors
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -225,7 +233,7 @@ def _info(args):
         weights=f"{Path('runs').resolve()}, or wherever --out pointed")
     for key, value in rows.items(): print(f"{key:12s}{value}")
 
-# %% ../nbs/10_experiment.ipynb #10-28
+# %% ../nbs/10_experiment.ipynb #10-29
 def _at_least_one(text):
     if not text.isdigit() or int(text) < 1: raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
@@ -241,7 +249,6 @@ def _parser():
     train = verb("train", _train_command, "run an experiment at full budget: " + ", ".join(["2d", *EXPERIMENTS]))
     train.add_argument("name", choices=["2d", *EXPERIMENTS], metavar="NAME", help="the experiment; 2d stands for all five")
     train.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each (default: 0)")
-    for v in (demo, train): v.add_argument("--out", default="runs", help="folder for the results (default: runs)")
     sample = verb("sample", _sample, "draw from a trained model into a .npy file")
     sample.add_argument("-n", type=_at_least_one, default=1024, help="number of samples (default: 1024)")
     sample.add_argument("-o", "--output", default="samples.npy", help="file to write (default: samples.npy)")
@@ -251,11 +258,15 @@ def _parser():
     for v in (sample, evaluate):
         v.add_argument("path", metavar="PATH", help="a model.safetensors")
         v.add_argument("--target", choices=TARGETS, metavar="TARGET", help="what it was trained on, where no result.json says so: " + ", ".join(TARGETS))
-    for v in (demo, train, sample, evaluate): v.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    bench = verb("bench", _bench, "time to accuracy beside other libraries; a JSON file with every point")
+    bench.add_argument("what", choices=["sinkhorn"], metavar="WHAT", help="what to time: sinkhorn")
+    bench.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything works")
+    for v, out in ((demo, "runs"), (train, "runs"), (bench, "runs/speed")): v.add_argument("--out", default=out, help=f"folder for the results (default: {out})")
+    for v in (demo, train, sample, evaluate, bench): v.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     verb("info", _info, "versions, device, and where data and results are looked for")
     return p
 
-# %% ../nbs/10_experiment.ipynb #10-29
+# %% ../nbs/10_experiment.ipynb #10-30
 def main(
     argv:list=None, # the words after `nsgf`; those of the process where None
 )->int:             # 0, or 1 for a failure; a wrong call raises SystemExit(2)

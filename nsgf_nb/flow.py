@@ -53,7 +53,7 @@ def particle_flow(
     lead = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     xs, init = [x.expand(*lead, *x.shape[-2:])], None
     independent = self_term == "independent"
-    if independent and (not lead or lead[-1] < 2): raise ValueError(f"self_term='independent' needs at least 2 flows, x and y of shape (..., B, n, D), got {tuple(xs[0].shape)}")
+    if independent and (not lead or lead[-1] < 2): raise ValueError(f"self_term='independent' needs at least 2 flows (..., B, n, D), got {tuple(xs[0].shape)}")
     for blur_k, eta_k in zip(_schedule("blur", blur, steps), etas):
         own = xs[-1].roll(1, -3) if independent else self_term
         v, (g, h) = velocity(xs[-1], y, blur_k, tol, max_iter, init, self_term=own, return_init=True)
@@ -77,6 +77,7 @@ class _Ring:
 
 def _on_paths(states, filled, size, generator):
     "x, t and dx/dt at `size` random points of the first `filled` paths, half of them at visited states."
+    if not filled: raise ValueError("the pool is empty: call add(x, y) first")
     kw, K = dict(generator=generator, device=states.device), len(states) - 1
     i, k = torch.randint(filled, (size,), **kw), torch.randint(K, (size,), **kw)
     w = torch.rand(size, dtype=torch.float32, **kw) * (torch.arange(size, device=states.device) >= size//2)
@@ -118,5 +119,4 @@ class TrajectoryPool(_Ring):
         generator:torch.Generator, # on the pool's device
     )->tuple:                      # x (size, *shape), t (size,), dx/dt (size, *shape)
         "Random points of the paths: half at the visited states, half between them."
-        if not self.seen: raise ValueError("the pool is empty: call add(x, y) first")
         return _on_paths(self.states, len(self), size, generator)

@@ -22,7 +22,7 @@ from nsgf_nb.matching import NSGFConfig
 root = Path(__file__).resolve().parent.parent
 TINY = NSGFConfig(steps=4, pool_size=512, minibatch=64, blur=.3, train_steps=20, batch_size=64, width=16, depth=1)
 WRITTEN = ["model.safetensors", "model.safetensors.json", "paths.png", "result.json"]
-VERBS = "demo", "train", "sample", "evaluate", "info"
+VERBS = "demo", "train", "sample", "evaluate", "bench", "info"
 
 
 def small(target, **kw):

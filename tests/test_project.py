@@ -21,9 +21,10 @@ MAP = {
     "models": set(),
     "matching": {"flow", "models", "sinkhorn"},
     "metrics": {"sinkhorn"},
+    "speed": {"data", "flow", "sinkhorn"},
     "experiment": None,
 }
-HEAVY = "matplotlib", "ot", "scipy", "sklearn", "torchvision"
+HEAVY = "geomloss", "jax", "matplotlib", "ot", "ott", "scipy", "sklearn", "torchvision"
 
 each_notebook = pytest.mark.parametrize("path", notebooks, ids=lambda p: p.stem)
 each_module = pytest.mark.parametrize("path", modules, ids=lambda p: p.stem)
