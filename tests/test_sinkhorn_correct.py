@@ -406,7 +406,7 @@ def test_from_anywhere_to_the_same_answer(blur, dtype, tol, atol, stream, monkey
     x, y = normal(40, 2, dtype=dtype), normal(30, 2, seed=1, dtype=dtype) + 1
     kw = dict(blur=blur, tol=tol, max_iter=30_000)
     truth, (f, g), own = oracle(x, y, blur)[0], potentials(x, y, **kw), velocity(x, y, return_init=True, **kw)[1]
-    other = velocity(normal(40, 2, seed=7, dtype=dtype)*2 - 3, y.flip(0), return_init=True, **kw)[1]
+    other = velocity(normal(40, 2, seed=7, dtype=dtype)*2 - 3, y.flip(0), blur, return_init=True)[1]
     if stream: monkeypatch.setattr(engine, "_STREAM", 10)
     inits = {"none": None, "its own": own, "another cloud's": other, "zeros": (0*g, 0*f), "swapped": (f[:30], g[0].expand(40)), "unit": (normal(30, dtype=dtype), normal(40, dtype=dtype))}
     for size in (10, 1e3): inits |= {f"{name} {size}": init for name, init in starts(*own[::-1], size*blur**2).items()}
