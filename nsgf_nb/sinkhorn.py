@@ -122,32 +122,39 @@ def _solve_self(G, a, p, tol, max_iter):
 # %% ../nbs/01_sinkhorn.ipynb #01-31
 _SLICE = {"cpu": 2**20, "cuda": 2**27}   # entries of a batch that are worked on at a time
 _STREAM = 2**26                          # a single problem with more pairs than this is streamed
-_BLOCK = {"cpu": 2**18, "cuda": 2**24}   # pairs of a block
+_BLOCK = {"cpu": 2**20, "cuda": 2**24}   # pairs of a block
 
 def _pass(X, Y, h, a, masked=False):
     "log Σ_j exp(⟨x_i, y_j⟩ + h_j) (N,), the barycentric map (N, D) and the column sums (M,) of one problem."
-    L, T, c = [], [], torch.zeros_like(h)
-    size = max(1, _BLOCK.get(X.device.type, 2**18)//len(Y))
-    for i in range(0, len(X), size):
-        z = torch.addmm(h, X[i:i+size], Y.mT)
+    rows = min(len(X), max(1, _BLOCK.get(X.device.type, 2**20)//len(Y)))
+    L, T, c, buffer = X.new_empty(len(X)), torch.empty_like(X), torch.zeros_like(h), X.new_empty(rows, len(Y))
+    for i in range(0, len(X), rows):
+        I = slice(i, i + rows)
+        z = torch.addmm(h, X[I], Y.mT, out=buffer[:len(X[I])])
         if masked: z.diagonal(i).fill_(-math.inf)
         top = z.amax(1, keepdim=True)
         s = z.sub_(top).clamp_min_(-80).exp_().sum(1, keepdim=True)
-        L.append((s.log() + top)[:, 0])
-        T.append((Y.mT @ z.mT).mT/s)                             # (z @ Y)/s, many times faster on CPUs
-        c += (a[i:i+size]/s[:, 0]) @ z
-    return torch.cat(L), torch.cat(T), c
+        L[I] = (s.log() + top)[:, 0]
+        T[I] = (Y.mT @ z.mT).mT/s                                # (z @ Y)/s, many times faster on CPUs
+        c += (a[I]/s[:, 0]) @ z
+    return L, T, c
 
 # %% ../nbs/01_sinkhorn.ipynb #01-32
-def _coarse(X, Y, a, b, tol, size=2048):
-    "A start for `h` from `size` points of either cloud."
-    gen = torch.Generator().manual_seed(0)
-    i, j = (torch.randperm(len(t), generator=gen)[:size].to(t.device) for t in (X, Y))
-    X, a, Z, w = X[i], a[i]/a[i].sum(), Y[j], b[j]/b[j].sum()
-    G, a_, w_ = (X @ Z.mT)[None], a[None, None], w[None, None]
-    h = _solve(G, a_, w_, _anneal(G, a_, w_), tol, 200)[0][0, 0]
-    return b.log() - _pass(Y, X, a.log() - _pass(X, Z, h, a)[0], b)[0]
+def _some(X, a, seed, size=2048):
+    "A random part of a cloud, with its weights."
+    i = torch.randperm(len(X), generator=torch.Generator().manual_seed(seed))[:size].to(X.device)
+    return X[i], a[i]/a[i].sum()
 
+def _coarse(X, Y, a, b, tol):
+    "A start for `h` from a part of either cloud; for the `p` of the self-term where `Y` is None."
+    (Z, w), own = _some(X, a, 0), Y is None
+    U, c = (Z, w) if own else _some(Y, b, 1)
+    G, w_, c_ = (Z @ U.mT)[None], w[None, None], c[None, None]
+    if own: return a.log() - _pass(X, Z, _solve_self(G, w_, (w_.log() - G.diagonal(dim1=1, dim2=2))/2, tol, 200)[0][0, 0], a)[0]
+    h = _solve(G, w_, c_, _anneal(G, w_, c_), tol, 200)[0][0, 0]
+    return b.log() - _pass(Y, Z, w.log() - _pass(Z, U, h, w)[0], b)[0]
+
+# %% ../nbs/01_sinkhorn.ipynb #01-33
 def _stream(X, Y, a, b, h, tol, max_iter, masked):
     "Bias, map, error and iterations of one problem, as if it were a batch."
     if h is None: h = _coarse(X, Y, a, b, tol)
@@ -164,14 +171,14 @@ def _stream(X, Y, a, b, h, tol, max_iter, masked):
         h = h + step
 
 def _stream_self(X, a, p, tol, max_iter):
-    n = 0
+    n, p = 0, _coarse(X, None, a, None, tol) if p is None else p
     while True:
         L, T, _ = _pass(X, X, p, a)
         err = ((p + L).exp() - a).abs().sum()[None]
         if err <= tol or n >= max_iter: return p[None, None], T[None], err, torch.tensor([n], device=p.device)
         p, n = (p + a.log() - L)/2, n + 1
 
-# %% ../nbs/01_sinkhorn.ipynb #01-34
+# %% ../nbs/01_sinkhorn.ipynb #01-35
 def _use_flash(X, masked):
     return X.is_cuda and X.dtype == torch.float32 and not masked and importlib.util.find_spec("flash_sinkhorn") is not None
 
@@ -182,7 +189,7 @@ def _flash(X, Y, h, a):
     f = flashsinkhorn_lse(X, Y, h, 1., **kw)
     return (h - flashsinkhorn_lse(Y, X, f + a.log(), 1., **kw)).exp()
 
-# %% ../nbs/01_sinkhorn.ipynb #01-36
+# %% ../nbs/01_sinkhorn.ipynb #01-37
 def check_points(
     name:str,         # what the caller calls it
     x:Tensor,         # should be (..., N, D), floating point, finite
@@ -201,7 +208,7 @@ def check_points(
                          f"the first at index {tuple(bad.nonzero()[0].tolist())}")
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
-# %% ../nbs/01_sinkhorn.ipynb #01-38
+# %% ../nbs/01_sinkhorn.ipynb #01-39
 def _check_blur(blur):
     if isinstance(blur, bool) or not isinstance(blur, numbers.Real) or not 0 < blur < float("inf"):
         raise ValueError(f"blur must be a positive number, in the units of x, got {blur!r}")
@@ -215,7 +222,7 @@ def _check_weights(weights, x, y):
         if not (w > 0).all() or (w.sum(-1) - 1).abs().max() > 1e-4: raise ValueError(f"{name} must be positive and sum to 1")
     return weights
 
-# %% ../nbs/01_sinkhorn.ipynb #01-40
+# %% ../nbs/01_sinkhorn.ipynb #01-41
 _Cloud = namedtuple("_Cloud", "X mean w sq")    # points (B, N, D) from their mean (B, 1, D), in blurs; weights; ½‖X‖² (B, 1, N)
 
 def _cloud(x, w, blur, lead, dtype):
@@ -237,19 +244,19 @@ def _clouds(x, y, blur, tol, weights):
         radii = 2*(mu.sq.amax()*nu.sq.amax()).sqrt().item()
         if radii*torch.finfo(dtype).eps <= tol or dtype == torch.float64: return lead, mu, nu
 
-# %% ../nbs/01_sinkhorn.ipynb #01-42
+# %% ../nbs/01_sinkhorn.ipynb #01-43
 def _map(P, Y):
     "`P` @ `Y`: for few features the transposed product is many times faster on CPUs."
     return torch.bmm(P, Y) if Y.shape[-1] > 16 else torch.bmm(Y.mT, P.mT).mT
 
-# %% ../nbs/01_sinkhorn.ipynb #01-43
+# %% ../nbs/01_sinkhorn.ipynb #01-44
 def _dispatch(X, Y, a, b, h, tol, max_iter, masked):
     "Bias, barycentric map, error and iterations of a slice of problems; `Y` is None for the symmetric self-term."
     own, Y = Y is None, X if Y is None else Y
     if X.shape[1]*Y.shape[1] > _STREAM:
         h = None if h is None else h[0, 0]
         if not own: return _stream(X[0], Y[0], a[0, 0], b[0, 0], h, tol, max_iter, masked)
-        return _stream_self(X[0], a[0, 0], (a[0, 0].log() - X[0].square().sum(-1))/2 if h is None else h, tol, max_iter)
+        return _stream_self(X[0], a[0, 0], h, tol, max_iter)
     G = torch.bmm(X, Y.mT)
     if own:
         h, plan, err, its = _solve_self(G, a, (a.log() - G.diagonal(dim1=1, dim2=2)[:, None])/2 if h is None else h, tol, max_iter)
@@ -273,7 +280,7 @@ def _entropic(mu, nu, blur, tol, max_iter, init, masked=False):
         warnings.warn(f"Sinkhorn stopped at max_iter={max_iter} with a marginal error of {err.amax():.1e}, above tol={tol:.1e}", stacklevel=4)
     return (h - base)*blur**2, T, h, err, its
 
-# %% ../nbs/01_sinkhorn.ipynb #01-45
+# %% ../nbs/01_sinkhorn.ipynb #01-46
 Diagnostics = namedtuple("Diagnostics", "iterations error") # of each problem (...): Sinkhorn iterations at the wanted ε, and the L1 marginal error reached
 
 def _row_potential(mu, nu, h, blur):
@@ -303,7 +310,7 @@ def potentials(
     out = tuple(t.reshape(*lead, -1).to(x.dtype) for t in (f + k, g - k))
     return (*out, Diagnostics(its.reshape(lead), err.reshape(lead))) if diagnostics else out
 
-# %% ../nbs/01_sinkhorn.ipynb #01-48
+# %% ../nbs/01_sinkhorn.ipynb #01-49
 @torch.no_grad()
 def barycentric_map(
     x:Tensor,          # points (..., N, D)
@@ -322,7 +329,7 @@ def barycentric_map(
     T = torch.add(nu.mean, T).mul_(blur).reshape(*lead, *x.shape[-2:]).to(x.dtype)
     return (T, Diagnostics(its.reshape(lead), err.reshape(lead))) if diagnostics else T
 
-# %% ../nbs/01_sinkhorn.ipynb #01-51
+# %% ../nbs/01_sinkhorn.ipynb #01-52
 def _check_self_term(self_term, x):
     "The second batch where it is one, and whether the diagonal is masked."
     if isinstance(self_term, Tensor): return check_points("self_term", self_term, like=x), False
@@ -330,7 +337,7 @@ def _check_self_term(self_term, x):
     if self_term == "masked" and x.shape[-2] < 2: raise ValueError("self_term='masked' needs at least 2 particles, got 1")
     return None, self_term == "masked"
 
-# %% ../nbs/01_sinkhorn.ipynb #01-52
+# %% ../nbs/01_sinkhorn.ipynb #01-53
 @torch.no_grad()
 def velocity(
     x:Tensor,          # particles (..., N, D)
@@ -361,7 +368,7 @@ def velocity(
     if diagnostics: out += (Diagnostics((its + its_own).reshape(lead), torch.maximum(err, err_own).reshape(lead)),)
     return out if len(out) > 1 else v
 
-# %% ../nbs/01_sinkhorn.ipynb #01-60
+# %% ../nbs/01_sinkhorn.ipynb #01-61
 class _Divergence(torch.autograd.Function):
     "S_ε of clouds of one leading shape, and its gradients by velocities and potentials."
     @staticmethod

@@ -498,8 +498,12 @@ def test_streaming_says_when_it_did_not_get_there(monkeypatch):
 
 
 CHILD = """
-import json, sys, torch
+import json, resource, sys, torch
 from nsgf_nb.sinkhorn import velocity
+def status(key):
+    words = open("/proc/self/status").read().split()
+    return int(words[words.index(key + ":") + 1])*1024
+resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + 4*2**30,)*2)      # fail here, not by taking the machine's memory
 n, blur, tol = json.loads(sys.argv[1])
 def draw(seed): return torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))
 x, y = draw(0), draw(1)*.5 + torch.tensor([1., -1.])
@@ -509,8 +513,7 @@ def image(z, g):
     C = torch.cdist(x[rows].double(), z.double(), compute_mode="donot_use_mm_for_euclid_dist").square()/2
     return torch.softmax((g.double() - C)/blur**2, 1) @ z.double()
 reach = sum((z - z.mean(0)).norm(dim=1).max().item() for z in (x, y))
-status = open("/proc/self/status").read().split()
-print(json.dumps(dict(peak=int(status[status.index("VmHWM:") + 1])*1024, finite=bool(v.isfinite().all()), error=e.error.item(), reach=reach,
+print(json.dumps(dict(peak=status("VmHWM"), finite=bool(v.isfinite().all()), error=e.error.item(), reach=reach,
     centre=(v.double().mean(0) - y.double().mean(0) + x.double().mean(0)).norm().item(),
     rows=(v[rows] - image(y, g) + image(x, h)).norm(dim=1).max().item())))
 """
