@@ -9,7 +9,7 @@ __all__ = ['euler', 'particle_flow', 'TrajectoryPool']
 import time
 import torch
 from torch import Tensor
-from .sinkhorn import velocity
+from .sinkhorn import _in_a_slice, check_points, velocity
 
 # %% ../nbs/02_flow.ipynb #02-07
 @torch.no_grad()
@@ -37,6 +37,16 @@ def _schedule(name, value, steps, top=float("inf")):
     return values
 
 # %% ../nbs/02_flow.ipynb #02-12
+def _run(xs, y, blurs, etas, tol, max_iter, self_term):
+    "Fill `xs` (steps+1, ..., N, D), whose first state is there."
+    init = None
+    for k, (blur, eta) in enumerate(zip(blurs, etas)):
+        own = xs[k].roll(1, -3) if self_term == "independent" else self_term
+        v, (g, h) = velocity(xs[k], y, blur, tol, max_iter, init, self_term=own, return_init=True)
+        torch.add(xs[k], v, alpha=eta, out=xs[k + 1])
+        init = ((1 - eta)*g, h) if self_term == "same" else None
+
+@torch.no_grad()
 def particle_flow(
     x:Tensor,          # particles (..., N, D), each leading index a flow of its own
     y:Tensor,          # sample of the target (..., M, D)
@@ -50,16 +60,15 @@ def particle_flow(
     "Euler steps x ← x + η·v(x) of the Wasserstein gradient flow of S_ε(·, y)."
     if steps < 1: raise ValueError(f"steps must be at least 1, got {steps}")
     etas = [1/(steps - k) for k in range(steps)] if eta is None else _schedule("eta", eta, steps, top=1)
-    lead = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
-    xs, init = [x.expand(*lead, *x.shape[-2:])], None
-    independent = self_term == "independent"
-    if independent and (not lead or lead[-1] < 2): raise ValueError(f"self_term='independent' needs at least 2 flows (..., B, n, D), got {tuple(xs[0].shape)}")
-    for blur_k, eta_k in zip(_schedule("blur", blur, steps), etas):
-        own = xs[-1].roll(1, -3) if independent else self_term
-        v, (g, h) = velocity(xs[-1], y, blur_k, tol, max_iter, init, self_term=own, return_init=True)
-        xs.append(xs[-1] + eta_k*v)
-        init = (1 - eta_k)*g, h
-    return torch.stack(xs)
+    x, y = check_points("x", x), check_points("y", y, like=x)
+    lead, independent = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2]), self_term == "independent"
+    if independent and (not lead or lead[-1] < 2): raise ValueError(f"self_term='independent' needs at least 2 flows (..., B, n, D), got {(*lead, *x.shape[-2:])}")
+    xs = x.new_empty(steps + 1, *lead, *x.shape[-2:])
+    xs[0] = x
+    flows, y = (xs, y) if independent else (xs.flatten(1, -3) if lead else xs[:, None], y.expand(*lead, *y.shape[-2:]).reshape(-1, *y.shape[-2:]))
+    size = len(y) if independent else _in_a_slice(x, y)
+    for i in range(0, len(y), size): _run(flows[:, i:i+size], y[i:i+size], _schedule("blur", blur, steps), etas, tol, max_iter, self_term)
+    return xs
 
 # %% ../nbs/02_flow.ipynb #02-20
 class _Ring:

@@ -124,15 +124,16 @@ def as_sampler(
 @dataclass(frozen=True)
 class NSGFConfig:
     "Settings of an `NSGF` run."
-    steps: int = 10          # Euler steps K of the flows in the pool, and of sampling
+    steps: int = 10          # Euler steps K of sampling
+    flow_steps: int = 5      # Euler steps of the flows in the pool
     blur: float = .05        # square root of ε, in units of `blur_unit`
     blur_unit: str = "std"   # "std": standard deviations of the data; "data": the data's own unit
     minibatch: int = 256     # particles n in each flow of the pool
-    pool_size: int = 2**20   # source–target pairs in the pool, at most …
+    pool_size: int = 2**19   # source–target pairs in the pool, at most …
     pool_mb: int = 512       # … and no more than fit into so many MB
     tol: float = 1e-2        # L1 marginal error of the Sinkhorn solves
     self_term: str = "same"  # of the velocity: "same" batch, "masked" diagonal or "independent" batch
-    train_steps: int = 16000 # optimiser steps
+    train_steps: int = 20000 # optimiser steps
     batch_size: int = 1024   # states in each
     lr: float = 2e-3         # highest learning rate
     ema: float = .999        # decay of the moving average of the weights
@@ -189,11 +190,11 @@ class _Coordinates:
 # %% ../nbs/05_matching.ipynb #05-30
 def _build_pool(c, coordinates, draw_x, draw_y, device, progress):
     "The pool of the config `c`, from samplers of source and target in the model's coordinates."
-    most = c.pool_mb*2**18 // ((c.steps + 1)*math.prod(coordinates.shape))           # floats of four bytes
+    most = c.pool_mb*2**18 // ((c.flow_steps + 1)*math.prod(coordinates.shape))           # floats of four bytes
     group = max(1, 4096 // c.minibatch)                                               # minibatches solved per call
     calls = max(1, min(c.pool_size, most) // (group*c.minibatch))
     blur = c.blur if c.blur_unit == "std" else c.blur/coordinates.scale.item()
-    pool = TrajectoryPool(calls*group*c.minibatch, coordinates.shape, c.steps, blur, tol=c.tol, device=device, self_term=c.self_term)
+    pool = TrajectoryPool(calls*group*c.minibatch, coordinates.shape, c.flow_steps, blur, tol=c.tol, device=device, self_term=c.self_term)
     for _ in tqdm(range(calls), desc="pool", disable=not progress, mininterval=.5):
         pool.add(*(draw(group*c.minibatch).unflatten(0, (group, c.minibatch)) for draw in (draw_x, draw_y)))
     return pool

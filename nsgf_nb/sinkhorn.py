@@ -6,7 +6,7 @@
 __all__ = ['Diagnostics', 'cost', 'check_points', 'potentials', 'barycentric_map', 'velocity', 'divergence']
 
 # %% ../nbs/01_sinkhorn.ipynb #01-04
-import importlib.util, math, numbers, warnings
+import importlib.util, math, numbers, threading, warnings
 from collections import namedtuple
 import torch
 from torch import Tensor
@@ -26,23 +26,33 @@ def cost(
     return C.clamp_min_(0)
 
 # %% ../nbs/01_sinkhorn.ipynb #01-16
-def _softmax(z):
-    "Softmax over the last dimension, in place; what lies more than 80 below the top of its row is raised to there."
+def _kernel(z):
+    "exp(z) up to a factor for each row, in place; what lies more than 80 below the top of its row is raised to there."
     z -= z.amax(-1, keepdim=True)
-    z.clamp_min_(-80).exp_()
-    return z.div_(z.sum(-1, keepdim=True))
+    return z.clamp_min_(-80).exp_()
 
 def _lse(z, dim):
     top = z.amax(dim, keepdim=True)
     return (z - top).clamp_min_(-80).exp_().sum(dim, keepdim=True).log_() + top
 
 # %% ../nbs/01_sinkhorn.ipynb #01-19
+_kept = threading.local()
+
+def _empty(name, like, *shape, most=2**21):
+    "Memory to write to. On CPUs it is the same for every call of that name: fresh pages cost more than the arithmetic that fills them."
+    n, key = math.prod(shape), (name, like.dtype)
+    if like.device.type != "cpu" or n > most: return like.new_empty(shape)
+    if key not in _kept.__dict__ or len(_kept.__dict__[key]) < n:
+        with torch.inference_mode(False): _kept.__dict__[key] = torch.empty(n, dtype=like.dtype)
+    return _kept.__dict__[key][:n].view(shape)
+
+# %% ../nbs/01_sinkhorn.ipynb #01-20
 def _marginals(P, a, v):
     "Factors that bring the rows of `P`·diag(v) back to sums of one, and the column sums that the plan then has."
     u = torch.bmm(v, P.mT).reciprocal_()
     return u, torch.bmm(a*u, P).mul_(v)
 
-# %% ../nbs/01_sinkhorn.ipynb #01-21
+# %% ../nbs/01_sinkhorn.ipynb #01-22
 def _momentum(omega, err, last, iters):
     "The relaxation factor for the rate at which the errors fell over `iters` iterations, and where they did fall."
     rate, beta = ((err/last)**(1/iters)).clamp(1e-3, .99999), (omega - 1)**2
@@ -59,11 +69,13 @@ def _iterate(P, a, b, lv, c, step, omega, iters):
         lv = (lv + step).clamp_(-40, 40)
     return lv, step
 
-# %% ../nbs/01_sinkhorn.ipynb #01-24
-def _anneal(G, a, b):
-    "A start for `h`, from inner products `G` and weights `a` and `b`."
-    levels = max(0, math.ceil(math.log2(max(G.abs().nan_to_num(posinf=0.).amax().item()/8, 1))))
-    E, h = torch.exp(G*.5**levels).clamp_(1e-30, 1e30), b.log()
+# %% ../nbs/01_sinkhorn.ipynb #01-25
+def _anneal(E, a, b):
+    "A start for `h` from inner products `E`, of which it makes, in place, the plan that belongs to it, up to the scale of its rows."
+    least, most = (t.item() for t in E.aminmax())
+    levels = max(0, math.ceil(math.log2(max(most, -least if least > -math.inf else 0, 8)/8)))
+    E.mul_(.5**levels).exp_().clamp_(1e-30, 1e30)
+    h = b.log()
     for k in range(levels, -1, -1):
         v = torch.ones_like(b)
         for _ in range(3):
@@ -71,55 +83,82 @@ def _anneal(G, a, b):
             v = torch.bmm(a*u, E).reciprocal_()
         h = h + 2.**k*v.log()
         if k: E.mul_(u.mT).mul_(v).square_().clamp_(1e-30, 1e30)
-    return h
+    return h, E.mul_(b*v)
 
-# %% ../nbs/01_sinkhorn.ipynb #01-27
+# %% ../nbs/01_sinkhorn.ipynb #01-28
+def _products(X, Y, masked=False, out=None):
+    G = torch.bmm(X, Y.mT, out=out)
+    if masked: G.diagonal(dim1=1, dim2=2).fill_(-math.inf)
+    return G
+
 def _log_round(G, a, b, h):
     "One Sinkhorn iteration in the log domain."
     f = -_lse(G + h, -1)
     return b.log() - _lse(G + (f + a.log().mT), -2)
 
-def _solve(G, a, b, h, tol, max_iter):
-    "Bias (B, 1, M), row-normalised plan (B, N, M), marginal error (B,) and iterations (B,) of a batch of problems."
-    H, plan, errors, its = torch.empty_like(h), torch.empty_like(G), torch.empty_like(a[:, 0, 0]), a.new_zeros(len(a), dtype=torch.long)
-    P, lv, step, omega = _softmax(G + h), torch.zeros_like(h), torch.zeros_like(h), torch.ones_like(h[..., :1])
-    rest, last, n, iters = torch.arange(len(h), device=h.device), None, 0, 2
+def _map(P, Y):
+    "`P` @ `Y`: for few features the transposed product is many times faster on CPUs."
+    return torch.bmm(P, Y) if Y.shape[-1] > 16 else torch.bmm(Y.mT, P.mT).mT
+
+def _leave(P, done):
+    "The matrices that are not done, moved to the front of `P`, and where they were."
+    stay = (~done).nonzero()[:, 0]
+    order, gaps = torch.arange(len(stay), device=P.device), done[:len(stay)].nonzero()[:, 0]
+    order[gaps] = stay[stay >= len(stay)]
+    P[gaps] = P[order[gaps]]
+    return P[:len(stay)], order
+
+# %% ../nbs/01_sinkhorn.ipynb #01-29
+def _solve(X, Y, a, b, h, tol, max_iter, masked=False):
+    "Bias (B, 1, M), barycentric map (B, N, D), marginal error (B,) and iterations (B,) of a batch of problems; annealed where `h` is None."
+    P, cold = _products(X, Y, masked, _empty("plan", X, len(X), X.shape[1], Y.shape[1])), h is None
+    if cold: h, P = _anneal(P, a, b)
+    if cold and a.amin() < 1e-14: P = _products(X, Y, masked, P)            # the upper clamp of the annealing may have cut
+    if not cold or a.amin() < 1e-14: P = _kernel(P.add_(h))
+    out, rest, last, n, iters = None, torch.arange(len(h), device=h.device), None, 0, 2
+    lv, step, omega = torch.zeros_like(h), torch.zeros_like(h), torch.ones_like(h[..., :1])
     while True:
         v = lv.exp()
         u, c = _marginals(P, a, v)
         err = (c - b).abs().sum(-1, keepdim=True)
         done = (err[:, 0, 0] <= tol) | (n >= max_iter)
         if done.any():
-            i = slice(None) if done.all() else done
-            j = slice(None) if len(done) == len(H) and done.all() else rest[i]
-            H[j], plan[j], errors[j], its[j] = h[i] + lv[i], P[i].mul_(v[i]).mul_(u[i].mT), err[i][:, 0, 0], n
-            if done.all(): return H, plan, errors, its
-            rest, G, P, a, b, h, lv, c, err, step, omega = (t[~done] for t in (rest, G, P, a, b, h, lv, c, err, step, omega))
-            last = None if last is None else last[~done]
+            i, y = (slice(None), Y) if out is None and done.all() else (done, Y[rest[done]])
+            found = h[i] + lv[i], _map(P[i].mul_(v[i]).mul_(u[i].mT), y), err[i][:, 0, 0], torch.full_like(rest[i], n)
+            if len(y) == len(X): return found
+            out = out or [t.new_empty(len(X), *t.shape[1:]) for t in found]
+            for o, t in zip(out, found): o[rest[done]] = t
+            if done.all(): return out
+            P, order = _leave(P, done)
+            rest, a, b, h, lv, c, err, step, omega = (t[order] for t in (rest, a, b, h, lv, c, err, step, omega))
+            last = None if last is None else last[order]
         if ((c < 1e-15*b) | (lv.abs() > 20)).any():
+            G = _products(X[rest], Y[rest], masked)
             h, last, n = _log_round(G, a, b, h + lv), None, n + 1
-            P, lv, step, omega = _softmax(G + h), torch.zeros_like(h), torch.zeros_like(h), torch.ones_like(omega)
+            P, lv, step, omega = _kernel(G.add_(h)), torch.zeros_like(h), torch.zeros_like(h), torch.ones_like(omega)
             continue
         if last is not None:
             omega, fell = _momentum(omega, err, last, iters)
             step, iters = step*fell, min(2*iters, 8)
         (lv, step), last, n = _iterate(P, a, b, lv, c, step, omega, iters), err, n + iters
 
-# %% ../nbs/01_sinkhorn.ipynb #01-29
-def _solve_self(G, a, p, tol, max_iter):
-    "The same for a cloud against itself: p, the plan (None: the identity to 1e-6), error and iterations."
-    P = (G + p).add_(p.mT).clamp_(-80, 80).exp_()
+# %% ../nbs/01_sinkhorn.ipynb #01-31
+def _solve_self(X, a, p, tol, max_iter):
+    "The same for clouds against themselves; the map is `X` itself where all plans are the identity to 1e-6."
+    P = _products(X, X, out=_empty("plan", X, len(X), X.shape[1], X.shape[1]))
+    if p is None: p = (a.log() - P.diagonal(dim1=1, dim2=2)[:, None])/2
+    P.add_(p).add_(p.mT).clamp_(-80, 80).exp_()
     s, its = P.sum(-1)[:, None], a.new_zeros(len(a), dtype=torch.long)
-    if ((s - P.diagonal(dim1=1, dim2=2)[:, None])/a).amax() <= 1e-6: return p, None, torch.zeros_like(a[:, 0, 0]), its
+    if ((s - P.diagonal(dim1=1, dim2=2)[:, None])/a).amax() <= 1e-6: return p, X, torch.zeros_like(a[:, 0, 0]), its
     u = torch.ones_like(a)
     while True:
         err = (s - a).abs().sum(-1)[:, 0]
         its += (open := err > tol)
-        if not open.any() or its.amax() >= max_iter: return p + u.log(), P.mul_((u/s).mT).mul_(u), err, its
+        if not open.any() or its.amax() >= max_iter: return p + u.log(), _map(P.mul_((u/s).mT).mul_(u), X), err, its
         u = u*(a/s).sqrt_()
         s = u*torch.bmm(u, P)
 
-# %% ../nbs/01_sinkhorn.ipynb #01-31
+# %% ../nbs/01_sinkhorn.ipynb #01-33
 _SLICE = {"cpu": 2**20, "cuda": 2**27}   # entries of a batch that are worked on at a time
 _STREAM = 2**26                          # a single problem with more pairs than this is streamed
 _BLOCK = {"cpu": 2**20, "cuda": 2**24}   # pairs of a block
@@ -139,7 +178,7 @@ def _pass(X, Y, h, a, masked=False):
         c += (a[I]/s[:, 0]) @ z
     return L, T, c
 
-# %% ../nbs/01_sinkhorn.ipynb #01-32
+# %% ../nbs/01_sinkhorn.ipynb #01-34
 def _some(X, a, seed, size=2048):
     "A random part of a cloud, with its weights."
     i = torch.randperm(len(X), generator=torch.Generator().manual_seed(seed))[:size].to(X.device)
@@ -149,12 +188,11 @@ def _coarse(X, Y, a, b, tol):
     "A start for `h` from a part of either cloud; for the `p` of the self-term where `Y` is None."
     (Z, w), own = _some(X, a, 0), Y is None
     U, c = (Z, w) if own else _some(Y, b, 1)
-    G, w_, c_ = (Z @ U.mT)[None], w[None, None], c[None, None]
-    if own: return a.log() - _pass(X, Z, _solve_self(G, w_, (w_.log() - G.diagonal(dim1=1, dim2=2))/2, tol, 200)[0][0, 0], a)[0]
-    h = _solve(G, w_, c_, _anneal(G, w_, c_), tol, 200)[0][0, 0]
+    if own: return a.log() - _pass(X, Z, _solve_self(Z[None], w[None, None], None, tol, 200)[0][0, 0], a)[0]
+    h = _solve(Z[None], U[None], w[None, None], c[None, None], None, tol, 200)[0][0, 0]
     return b.log() - _pass(Y, Z, w.log() - _pass(Z, U, h, w)[0], b)[0]
 
-# %% ../nbs/01_sinkhorn.ipynb #01-33
+# %% ../nbs/01_sinkhorn.ipynb #01-35
 def _stream(X, Y, a, b, h, tol, max_iter, masked):
     "Bias, map, error and iterations of one problem, as if it were a batch."
     if h is None: h = _coarse(X, Y, a, b, tol)
@@ -169,6 +207,7 @@ def _stream(X, Y, a, b, h, tol, max_iter, masked):
             step = step*fell
         step, last, n = omega**2*(b/c.clamp_min(1e-37)).log() + (omega - 1)**2*step, err, n + 1
         h = h + step
+        h -= h.amax()                                  # means nothing, and keeps the digits
 
 def _stream_self(X, a, p, tol, max_iter):
     n, p = 0, _coarse(X, None, a, None, tol) if p is None else p
@@ -178,7 +217,7 @@ def _stream_self(X, a, p, tol, max_iter):
         if err <= tol or n >= max_iter: return p[None, None], T[None], err, torch.tensor([n], device=p.device)
         p, n = (p + a.log() - L)/2, n + 1
 
-# %% ../nbs/01_sinkhorn.ipynb #01-35
+# %% ../nbs/01_sinkhorn.ipynb #01-37
 def _use_flash(X, masked):
     return X.is_cuda and X.dtype == torch.float32 and not masked and importlib.util.find_spec("flash_sinkhorn") is not None
 
@@ -189,7 +228,7 @@ def _flash(X, Y, h, a):
     f = flashsinkhorn_lse(X, Y, h, 1., **kw)
     return (h - flashsinkhorn_lse(Y, X, f + a.log(), 1., **kw)).exp()
 
-# %% ../nbs/01_sinkhorn.ipynb #01-37
+# %% ../nbs/01_sinkhorn.ipynb #01-39
 def check_points(
     name:str,         # what the caller calls it
     x:Tensor,         # should be (..., N, D), floating point, finite
@@ -208,7 +247,7 @@ def check_points(
                          f"the first at index {tuple(bad.nonzero()[0].tolist())}")
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
-# %% ../nbs/01_sinkhorn.ipynb #01-39
+# %% ../nbs/01_sinkhorn.ipynb #01-41
 def _check_blur(blur):
     if isinstance(blur, bool) or not isinstance(blur, numbers.Real) or not 0 < blur < float("inf"):
         raise ValueError(f"blur must be a positive number, in the units of x, got {blur!r}")
@@ -222,34 +261,35 @@ def _check_weights(weights, x, y):
         if not (w > 0).all() or (w.sum(-1) - 1).abs().max() > 1e-4: raise ValueError(f"{name} must be positive and sum to 1")
     return weights
 
-# %% ../nbs/01_sinkhorn.ipynb #01-41
+# %% ../nbs/01_sinkhorn.ipynb #01-43
 _Cloud = namedtuple("_Cloud", "X mean w sq")    # points (B, N, D) from their mean (B, 1, D), in blurs; weights; ½‖X‖² (B, 1, N)
 
-def _cloud(x, w, blur, lead, dtype):
+def _cloud(name, x, w, blur, lead, dtype):
     x, w = x.to(dtype), w.to(x.device, dtype)
     m = x.mean(-2, keepdim=True)/blur
-    X = torch.add(-m, x, alpha=1/blur)
+    X = torch.add(-m, x, alpha=1/blur, out=_empty(name, x, *x.shape))
     sq = torch.linalg.vector_norm(X, dim=-1).square_()/2
     def flat(t, *shape): return t.expand(*lead, *shape).reshape(-1, *shape)
     n, d = x.shape[-2:]
     return _Cloud(flat(X, n, d), flat(m, 1, d), flat(w[..., None, :]/w.sum(-1)[..., None, None], 1, n), flat(sq[..., None, :], 1, n))
 
-def _clouds(x, y, blur, tol, weights):
-    "The leading shape, and both clouds as the solver wants them."
+def _clouds(x, y, blur, tol, weights, own=0):
+    "The leading shape, and both clouds as the solver wants them; the first `own` of them will also be set against themselves."
     _check_blur(blur)
     a, b = _check_weights(weights, x, y)
     lead = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     for dtype in (x.dtype, torch.float64):
-        mu, nu = _cloud(x, a, blur, lead, dtype), _cloud(y, b, blur, lead, dtype)
-        radii = 2*(mu.sq.amax()*nu.sq.amax()).sqrt().item()
-        if radii*torch.finfo(dtype).eps <= tol or dtype == torch.float64: return lead, mu, nu
+        mu, nu = _cloud("x", x, a, blur, lead, dtype), _cloud("y", y, b, blur, lead, dtype)
+        r, s = mu.sq.amax().item(), nu.sq.amax().item()
+        radii = 2*max(math.sqrt(r)*math.sqrt(s), *(r, s)[:own], 0)
+        if (radii + 8)*torch.finfo(dtype).eps <= tol or dtype == torch.float64: return lead, mu, nu
 
-# %% ../nbs/01_sinkhorn.ipynb #01-43
-def _map(P, Y):
-    "`P` @ `Y`: for few features the transposed product is many times faster on CPUs."
-    return torch.bmm(P, Y) if Y.shape[-1] > 16 else torch.bmm(Y.mT, P.mT).mT
+# %% ../nbs/01_sinkhorn.ipynb #01-45
+def _in_a_slice(x, y):
+    "Number of problems that are worked on together."
+    N, M, D = x.shape[-2], *y.shape[-2:]
+    return 1 if N*M > _STREAM else max(1, _SLICE.get(x.device.type, 2**20)//max(N*M, N*D, M*D))
 
-# %% ../nbs/01_sinkhorn.ipynb #01-44
 def _dispatch(X, Y, a, b, h, tol, max_iter, masked):
     "Bias, barycentric map, error and iterations of a slice of problems; `Y` is None for the symmetric self-term."
     own, Y = Y is None, X if Y is None else Y
@@ -257,22 +297,26 @@ def _dispatch(X, Y, a, b, h, tol, max_iter, masked):
         h = None if h is None else h[0, 0]
         if not own: return _stream(X[0], Y[0], a[0, 0], b[0, 0], h, tol, max_iter, masked)
         return _stream_self(X[0], a[0, 0], h, tol, max_iter)
-    G = torch.bmm(X, Y.mT)
-    if own:
-        h, plan, err, its = _solve_self(G, a, (a.log() - G.diagonal(dim1=1, dim2=2)[:, None])/2 if h is None else h, tol, max_iter)
-        return h, X if plan is None else _map(plan, X), err, its
-    if masked: G.diagonal(dim1=1, dim2=2).fill_(-math.inf)
-    h, plan, err, its = _solve(G, a, b, _anneal(G, a, b) if h is None else h, tol, max_iter)
-    return h, _map(plan, Y), err, its
+    return _solve_self(X, a, h, tol, max_iter) if own else _solve(X, Y, a, b, h, tol, max_iter, masked)
+
+def _start(init, base, mu, nu, blur, own):
+    "The bias that a guess of g stands for, moved to where the answer can be. `base` is what h − g is."
+    if init.shape[-1] != base.shape[-1]: raise ValueError(f"init must have {base.shape[-1]} entries for each problem, got shape {tuple(init.shape)}")
+    h = (init.to(base)/blur**2).expand(*init.shape[:-1], base.shape[-1]).reshape(-1, 1, base.shape[-1]) + base
+    if own:                                             # a row sum w holds its diagonal at least, and at most what Cauchy and Schwarz allow
+        top = nu.w.log()/2 - nu.sq
+        return h.clamp(top + (nu.w.log() - math.log(h.shape[-1]))/2, top)
+    far = 4*(mu.sq.amax(-1, keepdim=True)*nu.sq.amax(-1, keepdim=True)).sqrt()      # twice the largest inner product
+    b = nu.w.log()
+    return torch.maximum(h - h.amax(-1, keepdim=True), b.amin(-1, keepdim=True) - b.amax(-1, keepdim=True) - far)
 
 def _entropic(mu, nu, blur, tol, max_iter, init, masked=False):
     "Potential g of `nu` (the cloud itself where None), map, bias, error and iterations; all but g in blurs from the means."
     own, nu = nu is None, mu if nu is None else nu
     base = nu.w.log() - nu.sq
     if not own: base = base + torch.bmm(mu.mean - nu.mean, nu.X.mT)
-    h = None if init is None else (init.to(base)/blur**2).expand(*init.shape[:-1], base.shape[-1]).reshape(-1, 1, base.shape[-1]) + base
-    N, M, D = mu.X.shape[1], *nu.X.shape[1:]
-    size = 1 if N*M > _STREAM else max(1, _SLICE.get(base.device.type, 2**20)//max(N*M, N*D, M*D))
+    h = None if init is None else _start(init, base, mu, nu, blur, own and not masked)
+    size = _in_a_slice(mu.X, nu.X)
     args = mu.X, None if own and not masked else nu.X, mu.w, nu.w, h
     outs = [_dispatch(*(None if t is None else t[i:i+size] for t in args), tol, max_iter, masked) for i in range(0, len(base), size)]
     h, T, err, its = outs[0] if len(outs) == 1 else map(torch.cat, zip(*outs))
@@ -280,7 +324,7 @@ def _entropic(mu, nu, blur, tol, max_iter, init, masked=False):
         warnings.warn(f"Sinkhorn stopped at max_iter={max_iter} with a marginal error of {err.amax():.1e}, above tol={tol:.1e}", stacklevel=4)
     return (h - base)*blur**2, T, h, err, its
 
-# %% ../nbs/01_sinkhorn.ipynb #01-46
+# %% ../nbs/01_sinkhorn.ipynb #01-47
 Diagnostics = namedtuple("Diagnostics", "iterations error") # of each problem (...): Sinkhorn iterations at the wanted ε, and the L1 marginal error reached
 
 def _row_potential(mu, nu, h, blur):
@@ -310,7 +354,7 @@ def potentials(
     out = tuple(t.reshape(*lead, -1).to(x.dtype) for t in (f + k, g - k))
     return (*out, Diagnostics(its.reshape(lead), err.reshape(lead))) if diagnostics else out
 
-# %% ../nbs/01_sinkhorn.ipynb #01-49
+# %% ../nbs/01_sinkhorn.ipynb #01-50
 @torch.no_grad()
 def barycentric_map(
     x:Tensor,          # points (..., N, D)
@@ -326,18 +370,19 @@ def barycentric_map(
     z, y = (z := check_points("x", x)), check_points("y", y, like=z)
     lead, mu, nu = _clouds(z, y, blur, tol, weights)
     _, T, _, err, its = _entropic(mu, nu, blur, tol, max_iter, init)
-    T = torch.add(nu.mean, T).mul_(blur).reshape(*lead, *x.shape[-2:]).to(x.dtype)
+    T = T.add_(nu.mean).mul_(blur).reshape(*lead, *x.shape[-2:]).to(x.dtype)
     return (T, Diagnostics(its.reshape(lead), err.reshape(lead))) if diagnostics else T
 
-# %% ../nbs/01_sinkhorn.ipynb #01-52
+# %% ../nbs/01_sinkhorn.ipynb #01-53
 def _check_self_term(self_term, x):
     "The second batch where it is one, and whether the diagonal is masked."
     if isinstance(self_term, Tensor): return check_points("self_term", self_term, like=x), False
-    if self_term not in ("same", "masked"): raise ValueError(f"self_term must be 'same', 'masked' or a tensor (..., L, {x.shape[-1]}), got {self_term!r}")
+    if not isinstance(self_term, str) or self_term not in ("same", "masked"):
+        raise ValueError(f"self_term must be 'same', 'masked' or a tensor (..., L, {x.shape[-1]}), got {self_term!r}")
     if self_term == "masked" and x.shape[-2] < 2: raise ValueError("self_term='masked' needs at least 2 particles, got 1")
     return None, self_term == "masked"
 
-# %% ../nbs/01_sinkhorn.ipynb #01-53
+# %% ../nbs/01_sinkhorn.ipynb #01-54
 @torch.no_grad()
 def velocity(
     x:Tensor,          # particles (..., N, D)
@@ -354,7 +399,7 @@ def velocity(
     "The velocity of the Wasserstein gradient flow of S_ε(·, y) at the particles (Proposition 1)."
     p, y = (p := check_points("x", x)), check_points("y", y, like=p)
     z, masked = _check_self_term(self_term, p)
-    lead, mu, nu = _clouds(p, y, blur, tol, weights)
+    lead, mu, nu = _clouds(p, y, blur, tol, weights, own=int(z is None))
     g, h = init or (None, None)
     g, T, _, err, its = _entropic(mu, nu, blur, tol, max_iter, g)
     own = None
@@ -362,18 +407,18 @@ def velocity(
         b = z.new_full((z.shape[-2],), 1/z.shape[-2])
         _, mu, own = _clouds(p.expand(*lead, *p.shape[-2:]), z, blur, tol, weights and (weights[0], b))
     h, S, _, err_own, its_own = _entropic(mu, own, blur, tol, max_iter, h, masked)
-    v = torch.add(nu.mean - (mu if own is None else own).mean, T - S).mul_(blur).reshape(*lead, *x.shape[-2:]).to(x.dtype)
+    v = T.sub_(S).add_(nu.mean - (mu if own is None else own).mean).mul_(blur).reshape(*lead, *x.shape[-2:]).to(x.dtype)
     out = (v,)
     if return_init: out += (tuple(t.reshape(*lead, -1).to(p.dtype) for t in (g, h)),)
     if diagnostics: out += (Diagnostics((its + its_own).reshape(lead), torch.maximum(err, err_own).reshape(lead)),)
     return out if len(out) > 1 else v
 
-# %% ../nbs/01_sinkhorn.ipynb #01-61
+# %% ../nbs/01_sinkhorn.ipynb #01-62
 class _Divergence(torch.autograd.Function):
     "S_ε of clouds of one leading shape, and its gradients by velocities and potentials."
     @staticmethod
     def forward(ctx, x, y, a, b, blur, tol, max_iter):
-        lead, mu, nu = _clouds(x, y, blur, tol, None if a is None else (a, b))
+        lead, mu, nu = _clouds(x, y, blur, tol, None if a is None else (a, b), own=2)
         def solve(p, q, init=None):
             g, T, h, *_ = _entropic(p, q, blur, tol, max_iter, init)
             return g, T, _row_potential(p, q or p, h, blur)

@@ -29,30 +29,6 @@ LARGE = dict(n=100_000, blur=1., tol=1e-2)      # the child process: about a min
 
 # What the engine does not do yet, found by these tests: a useless warm start of the self-term is not recovered from, float32
 # is not left at the two degenerate float32 clouds, and two tolerances of 1e-7 are missed by a hair. Strict: mended means taken out.
-KNOWN = {
-    'test_everywhere[normal-1-40-3072-1000.0-float32-1-1e-07]',
-    'test_everywhere[same-256-2048-2-3.0-float32-6-1e-07]',
-    'test_what_float32_does_not_resolve_is_solved_in_float64[a point-torch.float32]',
-    'test_what_float32_does_not_resolve_is_solved_in_float64[three close points-torch.float32]',
-    'test_bad_self_terms_are_refused_by_name[numpy]',
-    'test_from_anywhere_to_the_same_answer[0.1-torch.float32-1e-05-0.002-dense]',
-    'test_from_anywhere_to_the_same_answer[0.1-torch.float64-1e-08-1e-05-dense]',
-    'test_from_anywhere_to_the_same_answer[0.4-torch.float32-1e-05-0.002-dense]',
-    'test_from_anywhere_to_the_same_answer[0.4-torch.float32-1e-05-0.002-streamed]',
-    'test_from_anywhere_to_the_same_answer[0.4-torch.float64-1e-08-1e-05-dense]',
-    'test_from_anywhere_to_the_same_answer[20.0-torch.float32-1e-05-0.002-dense]',
-    'test_from_anywhere_to_the_same_answer[20.0-torch.float32-1e-05-0.002-streamed]',
-    'test_from_anywhere_to_the_same_answer[20.0-torch.float64-1e-08-1e-05-dense]',
-    'test_an_absurd_start_is_never_silently_believed[torch.float32-dense]',
-    'test_an_absurd_start_is_never_silently_believed[torch.float32-streamed]',
-    'test_an_absurd_start_is_never_silently_believed[torch.float64-dense]',
-    'test_an_absurd_start_is_never_silently_believed[torch.float64-streamed]',
-}
-
-
-@pytest.fixture(autouse=True)
-def known(request):
-    if request.node.name in KNOWN: request.applymarker(pytest.mark.xfail(strict=True, reason="a known fault of the engine, see KNOWN"))
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
