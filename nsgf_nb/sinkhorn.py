@@ -36,6 +36,12 @@ def _lse(z, dim):
     return (z - top).clamp_min_(-80).exp_().sum(dim, keepdim=True).log_() + top
 
 # %% ../nbs/01_sinkhorn.ipynb #01-19
+def _marginals(P, a, v):
+    "Factors that bring the rows of `P`·diag(v) back to sums of one, and the column sums that the plan then has."
+    u = torch.bmm(v, P.mT).reciprocal_()
+    return u, torch.bmm(a*u, P).mul_(v)
+
+# %% ../nbs/01_sinkhorn.ipynb #01-21
 _kept = threading.local()
 
 def _empty(name, like, *shape, most=2**21):
@@ -46,13 +52,7 @@ def _empty(name, like, *shape, most=2**21):
         with torch.inference_mode(False): _kept.__dict__[key] = torch.empty(n, dtype=like.dtype)
     return _kept.__dict__[key][:n].view(shape)
 
-# %% ../nbs/01_sinkhorn.ipynb #01-20
-def _marginals(P, a, v):
-    "Factors that bring the rows of `P`·diag(v) back to sums of one, and the column sums that the plan then has."
-    u = torch.bmm(v, P.mT).reciprocal_()
-    return u, torch.bmm(a*u, P).mul_(v)
-
-# %% ../nbs/01_sinkhorn.ipynb #01-22
+# %% ../nbs/01_sinkhorn.ipynb #01-23
 def _momentum(omega, err, last, iters):
     "The relaxation factor for the rate at which the errors fell over `iters` iterations, and where they did fall."
     rate, beta = ((err/last)**(1/iters)).clamp(1e-3, .99999), (omega - 1)**2
@@ -69,7 +69,7 @@ def _iterate(P, a, b, lv, c, step, omega, iters):
         lv = (lv + step).clamp_(-40, 40)
     return lv, step
 
-# %% ../nbs/01_sinkhorn.ipynb #01-25
+# %% ../nbs/01_sinkhorn.ipynb #01-26
 def _anneal(E, a, b):
     "A start for `h` from inner products `E`, of which it makes, in place, the plan that belongs to it, up to the scale of its rows."
     least, most = (t.item() for t in E.aminmax())
@@ -85,7 +85,7 @@ def _anneal(E, a, b):
         if k: E.mul_(u.mT).mul_(v).square_().clamp_(1e-30, 1e30)
     return h, E.mul_(b*v)
 
-# %% ../nbs/01_sinkhorn.ipynb #01-28
+# %% ../nbs/01_sinkhorn.ipynb #01-29
 def _products(X, Y, masked=False, out=None):
     G = torch.bmm(X, Y.mT, out=out)
     if masked: G.diagonal(dim1=1, dim2=2).fill_(-math.inf)
@@ -108,13 +108,13 @@ def _leave(P, done):
     P[gaps] = P[order[gaps]]
     return P[:len(stay)], order
 
-# %% ../nbs/01_sinkhorn.ipynb #01-29
+# %% ../nbs/01_sinkhorn.ipynb #01-30
 def _solve(X, Y, a, b, h, tol, max_iter, masked=False):
     "Bias (B, 1, M), barycentric map (B, N, D), marginal error (B,) and iterations (B,) of a batch of problems; annealed where `h` is None."
     P, cold = _products(X, Y, masked, _empty("plan", X, len(X), X.shape[1], Y.shape[1])), h is None
     if cold: h, P = _anneal(P, a, b)
-    if cold and a.amin() < 1e-14: P = _products(X, Y, masked, P)            # the upper clamp of the annealing may have cut
-    if not cold or a.amin() < 1e-14: P = _kernel(P.add_(h))
+    if cold and a.amin() < 1e-14: cold, P = False, _products(X, Y, masked, P)     # the annealing's upper clamp may have cut
+    if not cold: P = _kernel(P.add_(h))
     out, rest, last, n, iters = None, torch.arange(len(h), device=h.device), None, 0, 2
     lv, step, omega = torch.zeros_like(h), torch.zeros_like(h), torch.ones_like(h[..., :1])
     while True:
@@ -142,7 +142,7 @@ def _solve(X, Y, a, b, h, tol, max_iter, masked=False):
             step, iters = step*fell, min(2*iters, 8)
         (lv, step), last, n = _iterate(P, a, b, lv, c, step, omega, iters), err, n + iters
 
-# %% ../nbs/01_sinkhorn.ipynb #01-31
+# %% ../nbs/01_sinkhorn.ipynb #01-32
 def _solve_self(X, a, p, tol, max_iter):
     "The same for clouds against themselves; the map is `X` itself where all plans are the identity to 1e-6."
     P = _products(X, X, out=_empty("plan", X, len(X), X.shape[1], X.shape[1]))
@@ -158,7 +158,7 @@ def _solve_self(X, a, p, tol, max_iter):
         u = u*(a/s).sqrt_()
         s = u*torch.bmm(u, P)
 
-# %% ../nbs/01_sinkhorn.ipynb #01-33
+# %% ../nbs/01_sinkhorn.ipynb #01-34
 _SLICE = {"cpu": 2**20, "cuda": 2**27}   # entries of a batch that are worked on at a time
 _STREAM = 2**26                          # a single problem with more pairs than this is streamed
 _BLOCK = {"cpu": 2**20, "cuda": 2**24}   # pairs of a block
@@ -178,7 +178,7 @@ def _pass(X, Y, h, a, masked=False):
         c += (a[I]/s[:, 0]) @ z
     return L, T, c
 
-# %% ../nbs/01_sinkhorn.ipynb #01-34
+# %% ../nbs/01_sinkhorn.ipynb #01-35
 def _some(X, a, seed, size=2048):
     "A random part of a cloud, with its weights."
     i = torch.randperm(len(X), generator=torch.Generator().manual_seed(seed))[:size].to(X.device)
@@ -192,7 +192,7 @@ def _coarse(X, Y, a, b, tol):
     h = _solve(Z[None], U[None], w[None, None], c[None, None], None, tol, 200)[0][0, 0]
     return b.log() - _pass(Y, Z, w.log() - _pass(Z, U, h, w)[0], b)[0]
 
-# %% ../nbs/01_sinkhorn.ipynb #01-35
+# %% ../nbs/01_sinkhorn.ipynb #01-36
 def _stream(X, Y, a, b, h, tol, max_iter, masked):
     "Bias, map, error and iterations of one problem, as if it were a batch."
     if h is None: h = _coarse(X, Y, a, b, tol)
@@ -217,7 +217,7 @@ def _stream_self(X, a, p, tol, max_iter):
         if err <= tol or n >= max_iter: return p[None, None], T[None], err, torch.tensor([n], device=p.device)
         p, n = (p + a.log() - L)/2, n + 1
 
-# %% ../nbs/01_sinkhorn.ipynb #01-37
+# %% ../nbs/01_sinkhorn.ipynb #01-38
 def _use_flash(X, masked):
     return X.is_cuda and X.dtype == torch.float32 and not masked and importlib.util.find_spec("flash_sinkhorn") is not None
 
@@ -228,7 +228,7 @@ def _flash(X, Y, h, a):
     f = flashsinkhorn_lse(X, Y, h, 1., **kw)
     return (h - flashsinkhorn_lse(Y, X, f + a.log(), 1., **kw)).exp()
 
-# %% ../nbs/01_sinkhorn.ipynb #01-39
+# %% ../nbs/01_sinkhorn.ipynb #01-40
 def check_points(
     name:str,         # what the caller calls it
     x:Tensor,         # should be (..., N, D), floating point, finite
@@ -247,7 +247,7 @@ def check_points(
                          f"the first at index {tuple(bad.nonzero()[0].tolist())}")
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
-# %% ../nbs/01_sinkhorn.ipynb #01-41
+# %% ../nbs/01_sinkhorn.ipynb #01-42
 def _check_blur(blur):
     if isinstance(blur, bool) or not isinstance(blur, numbers.Real) or not 0 < blur < float("inf"):
         raise ValueError(f"blur must be a positive number, in the units of x, got {blur!r}")
@@ -261,7 +261,7 @@ def _check_weights(weights, x, y):
         if not (w > 0).all() or (w.sum(-1) - 1).abs().max() > 1e-4: raise ValueError(f"{name} must be positive and sum to 1")
     return weights
 
-# %% ../nbs/01_sinkhorn.ipynb #01-43
+# %% ../nbs/01_sinkhorn.ipynb #01-44
 _Cloud = namedtuple("_Cloud", "X mean w sq")    # points (B, N, D) from their mean (B, 1, D), in blurs; weights; ½‖X‖² (B, 1, N)
 
 def _cloud(name, x, w, blur, lead, dtype):
@@ -284,7 +284,7 @@ def _clouds(x, y, blur, tol, weights, own=0):
         radii = 2*max(math.sqrt(r)*math.sqrt(s), *(r, s)[:own], 0)
         if (radii + 8)*torch.finfo(dtype).eps <= tol or dtype == torch.float64: return lead, mu, nu
 
-# %% ../nbs/01_sinkhorn.ipynb #01-45
+# %% ../nbs/01_sinkhorn.ipynb #01-46
 def _in_a_slice(x, y):
     "Number of problems that are worked on together."
     N, M, D = x.shape[-2], *y.shape[-2:]
@@ -324,7 +324,7 @@ def _entropic(mu, nu, blur, tol, max_iter, init, masked=False):
         warnings.warn(f"Sinkhorn stopped at max_iter={max_iter} with a marginal error of {err.amax():.1e}, above tol={tol:.1e}", stacklevel=4)
     return (h - base)*blur**2, T, h, err, its
 
-# %% ../nbs/01_sinkhorn.ipynb #01-47
+# %% ../nbs/01_sinkhorn.ipynb #01-48
 Diagnostics = namedtuple("Diagnostics", "iterations error") # of each problem (...): Sinkhorn iterations at the wanted ε, and the L1 marginal error reached
 
 def _row_potential(mu, nu, h, blur):
@@ -354,7 +354,7 @@ def potentials(
     out = tuple(t.reshape(*lead, -1).to(x.dtype) for t in (f + k, g - k))
     return (*out, Diagnostics(its.reshape(lead), err.reshape(lead))) if diagnostics else out
 
-# %% ../nbs/01_sinkhorn.ipynb #01-50
+# %% ../nbs/01_sinkhorn.ipynb #01-51
 @torch.no_grad()
 def barycentric_map(
     x:Tensor,          # points (..., N, D)
@@ -373,7 +373,7 @@ def barycentric_map(
     T = T.add_(nu.mean).mul_(blur).reshape(*lead, *x.shape[-2:]).to(x.dtype)
     return (T, Diagnostics(its.reshape(lead), err.reshape(lead))) if diagnostics else T
 
-# %% ../nbs/01_sinkhorn.ipynb #01-53
+# %% ../nbs/01_sinkhorn.ipynb #01-54
 def _check_self_term(self_term, x):
     "The second batch where it is one, and whether the diagonal is masked."
     if isinstance(self_term, Tensor): return check_points("self_term", self_term, like=x), False
@@ -382,7 +382,7 @@ def _check_self_term(self_term, x):
     if self_term == "masked" and x.shape[-2] < 2: raise ValueError("self_term='masked' needs at least 2 particles, got 1")
     return None, self_term == "masked"
 
-# %% ../nbs/01_sinkhorn.ipynb #01-54
+# %% ../nbs/01_sinkhorn.ipynb #01-55
 @torch.no_grad()
 def velocity(
     x:Tensor,          # particles (..., N, D)
@@ -413,7 +413,7 @@ def velocity(
     if diagnostics: out += (Diagnostics((its + its_own).reshape(lead), torch.maximum(err, err_own).reshape(lead)),)
     return out if len(out) > 1 else v
 
-# %% ../nbs/01_sinkhorn.ipynb #01-62
+# %% ../nbs/01_sinkhorn.ipynb #01-63
 class _Divergence(torch.autograd.Function):
     "S_ε of clouds of one leading shape, and its gradients by velocities and potentials."
     @staticmethod

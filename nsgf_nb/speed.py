@@ -269,10 +269,13 @@ def _why_not(m, x, y, blur, cap):
     n = x.shape[-2]
     need = m.matrices*n*n*torch.finfo(m.dtype).bits//8
     if need > .9*_available(x.device): return f"needs about {need/2**30:.0f} GiB"
-    small = x[:, :n//8], y[:, :n//8]
-    probe = curve(_Method(m.library, m.name, m.make, m.knobs[:1], m.dtype), *small, blur, small[0].double(), cap/64)
-    if "failed" in probe[-1]: return f"failed on {n//8} points: {probe[-1]['failed']}"
-    if (expected := 64*probe[-1]["seconds"]) > 1.5*cap: return f"would take about {expected:.3g} s at its coarsest setting"
+    seconds = []
+    for part in (n//8, n//4):
+        probe = curve(_Method(m.library, m.name, m.make, m.knobs[:1], m.dtype), x[:, :part], y[:, :part], blur, x[:, :part].double(), cap*part**2/n**2)
+        if "failed" in probe[-1]: return f"failed on {part} points: {probe[-1]['failed']}"
+        seconds.append(probe[-1]["seconds"])
+        expected = seconds[-1]*(n/part)**math.log2(max(4, seconds[-1]/seconds[0]))      # by four or more, when the points double
+        if expected > 1.5*cap: return f"would take about {expected:.3g} s at its coarsest setting"
 
 # %% ../nbs/31_speed.ipynb #31-36
 def _compare(x, y, blur, ref, methods, cap, budget, target, say, large=False):
@@ -376,7 +379,15 @@ def _line(name, s):
              for lib, t in s["seconds"].items()]
     return f"{name}: at {s['target']:.0e}  " + ", ".join(cells) + (f"; {s['fastest_peer']}/ours {s['ratio']:.1f}" if s["ratio"] else "")
 
-# %% ../nbs/31_speed.ipynb #31-44
+# %% ../nbs/31_speed.ipynb #31-45
+def _products(n, d, device):
+    "Seconds of the matrix products of one velocity that are needed whatever the method."
+    x, y = (t[0].to(device) for t in clouds(n, d))
+    P = torch.full((n, n), 1/n, device=device)
+    _clock(lambda: (x @ y.mT, x @ x.mT, P @ y), device, 1., runs=3)
+    return _clock(lambda: (x @ y.mT, x @ x.mT, P @ y), device, 1., runs=15)[0]
+
+# %% ../nbs/31_speed.ipynb #31-46
 def _work(group, n, d, blur, b, methods, device, say):
     "One workload: points, what was left out, and the summary."
     if group == "pool": points, left_out, sub = _pool(n, d, blur, b, methods, device, say)
@@ -386,14 +397,16 @@ def _work(group, n, d, blur, b, methods, device, say):
         ref = _reference(x, y, blur, b.large_tol if large else None)
         points, left_out = _compare(x, y, blur, ref, methods, more*b.caps[i], more*b.budgets[i], b.target, say, large)
     for o in left_out: say(f"  {o['method']:38s} left out: {o['reason']}")
-    return dict(minibatches=b.minibatches if group == "pool" else 1, solved_by_peers=sub, points=points, left_out=left_out, summary=_summary(points, b.target))
+    problems = b.minibatches*b.steps if group == "pool" else 1
+    return dict(minibatches=b.minibatches if group == "pool" else 1, solved_by_peers=sub, points=points, left_out=left_out,
+                products=problems*_products(n, d, device) if group != "large" else None, summary=_summary(points, b.target))
 
 def _write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".tmp").write_text(json.dumps(content, indent=1) + "\n")
     os.replace(path.with_suffix(".tmp"), path)
 
-# %% ../nbs/31_speed.ipynb #31-45
+# %% ../nbs/31_speed.ipynb #31-47
 def bench(
     b:Bench=None,         # what; all of it where None
     path=None,            # file to write, JSON
@@ -416,11 +429,11 @@ def bench(
         result["seconds"] = time.perf_counter() - start
         bar.update()
         if path: _write(Path(path), result)
+    for n, d, batch in sizes: result["growth"].append(growth(n, d, batch, device)); note()
     for group, (n, d, blur) in jobs:
         say(name := f"{group} {n}×{d}, blur {blur:g}")
         with warnings.catch_warnings(record=True) as caught: work = _work(group, n, d, blur, b, methods, device, say)
         result["workloads"].append(dict(group=group, name=name, n=n, d=d, blur=blur, **work, warnings=sorted({str(w.message) for w in caught})))
         say(_line(name, work["summary"])); note()
-    for n, d, batch in sizes: result["growth"].append(growth(n, d, batch, device)); note()
     bar.close()
     return result

@@ -64,6 +64,18 @@ def test_flow_is_its_euler_steps():
     assert not torch.allclose(xs[1], particle_flow(x, y, .5, etas, steps=4)[1], atol=1e-3)     # the first blur counts
 
 
+@pytest.mark.parametrize("self_term", ("same", "masked", "independent"))
+def test_flows_do_not_depend_on_how_many_are_taken_together(self_term, monkeypatch):
+    from nsgf_nb import sinkhorn
+    x, y = normal(2, 3, 16, 2), normal(3, 12, 2, seed=1) + 1
+    together = particle_flow(x, y, .5, steps=3, tol=1e-5, self_term=self_term)
+    monkeypatch.setitem(sinkhorn._SLICE, "cpu", 2*16*16)                # two flows at a time
+    assert_close(particle_flow(x, y, .5, steps=3, tol=1e-5, self_term=self_term), together, atol=1e-4, rtol=0)
+    if self_term != "independent":
+        for i in range(2):
+            for j in range(3): assert_close(particle_flow(x[i, j], y[j], .5, steps=3, tol=1e-5, self_term=self_term), together[:, i, j], atol=1e-4, rtol=0)
+
+
 def test_default_steps_are_one_over_what_is_left():
     x, y = normal(12, 2).double(), normal(12, 2, seed=1).double()
     assert torch.equal(particle_flow(x, y, .5, steps=4), particle_flow(x, y, .5, [1/4, 1/3, 1/2, 1], steps=4))

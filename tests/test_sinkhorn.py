@@ -424,3 +424,47 @@ def test_check_points_hands_back_what_is_good():
     x = normal(3, 2)
     assert check_points("x", x) is x
     assert check_points("x", x.half()).dtype == torch.float32
+
+
+# ---- the memory that is kept between calls
+
+CASES = (dict(n=30, m=20, d=2), dict(n=24, m=24, d=40), dict(n=8, m=8, d=200), dict(n=16, m=12, d=2, self_term="masked"), dict(n=16, m=12, d=3, batch=5))
+
+def call_all(n, m, d, batch=2, self_term="same", dtype=torch.float32):
+    "What every function returns for one problem, as a flat list."
+    x, y = normal(batch, n, d, dtype=dtype), normal(batch, m, d, seed=1, dtype=dtype) + 1
+    v, init = velocity(x, y, .5, self_term=self_term, return_init=True)
+    return [v, *init, *potentials(x, y, .5), barycentric_map(x, y, .5), divergence(x, y, .5), velocity(x, y[0], .5, self_term=x.flip(-2))]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_no_result_lies_in_memory_that_a_later_call_writes_to(dtype):
+    first = [call_all(**case, dtype=dtype) for case in CASES]
+    kept = [[t.clone() for t in ts] for ts in first]
+    for case in reversed(CASES): call_all(**case, dtype=dtype)
+    for case, ts, copies in zip(CASES, first, kept):
+        for t, c in zip(ts, copies): assert torch.equal(t, c), case
+
+
+def test_threads_do_not_share_it():
+    from concurrent.futures import ThreadPoolExecutor
+    alone = [call_all(**case) for case in CASES]
+    with ThreadPoolExecutor(4) as pool:
+        for case, ts in zip(CASES*6, pool.map(lambda case: call_all(**case), CASES*6)):
+            for t, expected in zip(ts, alone[CASES.index(case)]): assert_close(t, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_call_in_inference_mode_does_not_spoil_the_next():
+    from concurrent.futures import ThreadPoolExecutor
+    x, y = normal(61, 2, dtype=torch.float32), normal(67, 2, seed=1, dtype=torch.float32)
+    def both():
+        with torch.inference_mode(): inferred = velocity(x, y, .5).clone()
+        return inferred, velocity(x, y, .5)
+    with ThreadPoolExecutor(1) as fresh: inferred, after = fresh.submit(both).result()           # a thread that has kept nothing yet
+    assert_close(inferred, after, atol=1e-6, rtol=0)
+
+
+def test_a_start_of_the_wrong_size_is_refused_by_name():
+    x, y = normal(5, 2), normal(4, 2, seed=1)
+    with pytest.raises(ValueError, match=r"init must have 4 entries for each problem, got shape \(5,\)"): velocity(x, y, .5, init=(torch.zeros(5), None))
+    with pytest.raises(ValueError, match=r"init must have 5 entries"): velocity(x, y, .5, init=(None, torch.zeros(4)))
