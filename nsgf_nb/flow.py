@@ -61,13 +61,16 @@ def particle_flow(
     if steps < 1: raise ValueError(f"steps must be at least 1, got {steps}")
     etas = [1/(steps - k) for k in range(steps)] if eta is None else _schedule("eta", eta, steps, top=1)
     x, y = check_points("x", x), check_points("y", y, like=x)
+    if not isinstance(self_term, str): raise ValueError(f"self_term of a flow must be 'same', 'masked' or 'independent', got {type(self_term).__name__}")
     lead, independent = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2]), self_term == "independent"
     if independent and (not lead or lead[-1] < 2): raise ValueError(f"self_term='independent' needs at least 2 flows (..., B, n, D), got {(*lead, *x.shape[-2:])}")
     xs = x.new_empty(steps + 1, *lead, *x.shape[-2:])
     xs[0] = x
-    flows, y = (xs, y) if independent else (xs.flatten(1, -3) if lead else xs[:, None], y.expand(*lead, *y.shape[-2:]).reshape(-1, *y.shape[-2:]))
-    size = len(y) if independent else _in_a_slice(x, y)
-    for i in range(0, len(y), size): _run(flows[:, i:i+size], y[i:i+size], _schedule("blur", blur, steps), etas, tol, max_iter, self_term)
+    rest = _schedule("blur", blur, steps), etas, tol, max_iter, self_term
+    if independent: _run(xs, y, *rest)
+    else:
+        flows, y, size = xs.view(steps + 1, -1, *x.shape[-2:]), y.expand(*lead, *y.shape[-2:]).reshape(-1, *y.shape[-2:]), _in_a_slice(x, y)
+        for i in range(0, len(y), size): _run(flows[:, i:i+size], y[i:i+size], *rest)
     return xs
 
 # %% ../nbs/02_flow.ipynb #02-20

@@ -190,7 +190,7 @@ class _Coordinates:
 # %% ../nbs/05_matching.ipynb #05-30
 def _build_pool(c, coordinates, draw_x, draw_y, device, progress):
     "The pool of the config `c`, from samplers of source and target in the model's coordinates."
-    most = c.pool_mb*2**18 // ((c.flow_steps + 1)*math.prod(coordinates.shape))           # floats of four bytes
+    most = c.pool_mb*2**18 // ((c.flow_steps + 1)*math.prod(coordinates.shape))      # floats of four bytes
     group = max(1, 4096 // c.minibatch)                                               # minibatches solved per call
     calls = max(1, min(c.pool_size, most) // (group*c.minibatch))
     blur = c.blur if c.blur_unit == "std" else c.blur/coordinates.scale.item()

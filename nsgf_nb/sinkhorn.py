@@ -6,7 +6,7 @@
 __all__ = ['Diagnostics', 'cost', 'check_points', 'potentials', 'barycentric_map', 'velocity', 'divergence']
 
 # %% ../nbs/01_sinkhorn.ipynb #01-04
-import importlib.util, math, numbers, threading, warnings
+import importlib.util, math, numbers, sys, threading, warnings
 from collections import namedtuple
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ def _marginals(P, a, v):
 _kept = threading.local()
 
 def _empty(name, like, *shape, most=2**21):
-    "Memory to write to. On CPUs it is the same for every call of that name: fresh pages cost more than the arithmetic that fills them."
+    "Memory to write to; on CPUs, up to `most` entries, the same for every call of that name and dtype."
     n, key = math.prod(shape), (name, like.dtype)
     if like.device.type != "cpu" or n > most: return like.new_empty(shape)
     if key not in _kept.__dict__ or len(_kept.__dict__[key]) < n:
@@ -138,25 +138,30 @@ def _solve(X, Y, a, b, h, tol, max_iter, masked=False):
             P, lv, step, omega = _kernel(G.add_(h)), torch.zeros_like(h), torch.zeros_like(h), torch.ones_like(omega)
             continue
         if last is not None:
-            omega, fell = _momentum(omega, err, last, iters)
+            omega, fell = _momentum(omega, err, last, k)
             step, iters = step*fell, min(2*iters, 8)
-        (lv, step), last, n = _iterate(P, a, b, lv, c, step, omega, iters), err, n + iters
+        k = min(iters, max_iter - n)
+        (lv, step), last, n = _iterate(P, a, b, lv, c, step, omega, k), err, n + k
 
 # %% ../nbs/01_sinkhorn.ipynb #01-32
 def _solve_self(X, a, p, tol, max_iter):
-    "The same for clouds against themselves; the map is `X` itself where all plans are the identity to 1e-6."
+    "The same for clouds against themselves; the map is `X` itself where all plans are the identity, to `tol` and 1e-6."
     P = _products(X, X, out=_empty("plan", X, len(X), X.shape[1], X.shape[1]))
     if p is None: p = (a.log() - P.diagonal(dim1=1, dim2=2)[:, None])/2
     P.add_(p).add_(p.mT).clamp_(-80, 80).exp_()
-    s, its = P.sum(-1)[:, None], a.new_zeros(len(a), dtype=torch.long)
-    if ((s - P.diagonal(dim1=1, dim2=2)[:, None])/a).amax() <= 1e-6: return p, X, torch.zeros_like(a[:, 0, 0]), its
-    u = torch.ones_like(a)
+    u, s, n, its = torch.ones_like(a), P.sum(-1)[:, None], 0, a.new_zeros(len(a), dtype=torch.long)
     while True:
         err = (s - a).abs().sum(-1)[:, 0]
-        its += (open := err > tol)
-        if not open.any() or its.amax() >= max_iter: return p + u.log(), _map(P.mul_((u/s).mT).mul_(u), X), err, its
-        u = u*(a/s).sqrt_()
-        s = u*torch.bmm(u, P)
+        left = err > tol
+        k = min(2, max_iter - n) if left.any() else 0
+        if k == 0: break
+        for _ in range(k):
+            u = u*(a/s).sqrt_()
+            s = u*torch.bmm(u, P)
+        n, its = n + k, its + k*left
+    P.mul_((u/s).mT).mul_(u)
+    away = 1 - P.diagonal(dim1=1, dim2=2)
+    return p + u.log(), X if away.amax() <= min(tol, 1e-6) else _map(P, X), err, its
 
 # %% ../nbs/01_sinkhorn.ipynb #01-34
 _SLICE = {"cpu": 2**20, "cuda": 2**27}   # entries of a batch that are worked on at a time
@@ -248,6 +253,23 @@ def check_points(
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 # %% ../nbs/01_sinkhorn.ipynb #01-42
+def _warn(message):
+    "A warning that points at the caller outside of this package."
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("nsgf_nb", "torch"): frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+def _check_init(init, lead, n):
+    "A guess for each problem (*lead, n)."
+    if init is None: return None
+    if not isinstance(init, Tensor): raise TypeError(f"init must be a torch.Tensor, got {type(init).__name__}")
+    if not init.isfinite().all(): raise ValueError("init has NaN or infinite values")
+    if init.shape[-1:] == (n,) and _expands(init.shape[:-1], lead): return init.expand(*lead, n)
+    raise ValueError(f"init must have {n} entries for each problem {tuple(lead)}, got shape {tuple(init.shape)}")
+
+def _expands(shape, lead): return len(shape) <= len(lead) and all(s in (1, n) for s, n in zip(shape[::-1], lead[::-1]))
+
+# %% ../nbs/01_sinkhorn.ipynb #01-43
 def _check_blur(blur):
     if isinstance(blur, bool) or not isinstance(blur, numbers.Real) or not 0 < blur < float("inf"):
         raise ValueError(f"blur must be a positive number, in the units of x, got {blur!r}")
@@ -261,7 +283,7 @@ def _check_weights(weights, x, y):
         if not (w > 0).all() or (w.sum(-1) - 1).abs().max() > 1e-4: raise ValueError(f"{name} must be positive and sum to 1")
     return weights
 
-# %% ../nbs/01_sinkhorn.ipynb #01-44
+# %% ../nbs/01_sinkhorn.ipynb #01-45
 _Cloud = namedtuple("_Cloud", "X mean w sq")    # points (B, N, D) from their mean (B, 1, D), in blurs; weights; ½‖X‖² (B, 1, N)
 
 def _cloud(name, x, w, blur, lead, dtype):
@@ -277,14 +299,14 @@ def _clouds(x, y, blur, tol, weights, own=0):
     "The leading shape, and both clouds as the solver wants them; the first `own` of them will also be set against themselves."
     _check_blur(blur)
     a, b = _check_weights(weights, x, y)
-    lead = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    lead = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2], a.shape[:-1], b.shape[:-1])
     for dtype in (x.dtype, torch.float64):
         mu, nu = _cloud("x", x, a, blur, lead, dtype), _cloud("y", y, b, blur, lead, dtype)
         r, s = mu.sq.amax().item(), nu.sq.amax().item()
         radii = 2*max(math.sqrt(r)*math.sqrt(s), *(r, s)[:own], 0)
         if (radii + 8)*torch.finfo(dtype).eps <= tol or dtype == torch.float64: return lead, mu, nu
 
-# %% ../nbs/01_sinkhorn.ipynb #01-46
+# %% ../nbs/01_sinkhorn.ipynb #01-47
 def _in_a_slice(x, y):
     "Number of problems that are worked on together."
     N, M, D = x.shape[-2], *y.shape[-2:]
@@ -300,9 +322,8 @@ def _dispatch(X, Y, a, b, h, tol, max_iter, masked):
     return _solve_self(X, a, h, tol, max_iter) if own else _solve(X, Y, a, b, h, tol, max_iter, masked)
 
 def _start(init, base, mu, nu, blur, own):
-    "The bias that a guess of g stands for, moved to where the answer can be. `base` is what h − g is."
-    if init.shape[-1] != base.shape[-1]: raise ValueError(f"init must have {base.shape[-1]} entries for each problem, got shape {tuple(init.shape)}")
-    h = (init.to(base)/blur**2).expand(*init.shape[:-1], base.shape[-1]).reshape(-1, 1, base.shape[-1]) + base
+    "The bias that a guess of g (..., M) stands for, moved to where the answer can be. `base` is what h − g is."
+    h = (init.to(base)/blur**2).reshape(base.shape) + base
     if own:                                             # a row sum w holds its diagonal at least, and at most what Cauchy and Schwarz allow
         top = nu.w.log()/2 - nu.sq
         return h.clamp(top + (nu.w.log() - math.log(h.shape[-1]))/2, top)
@@ -321,10 +342,10 @@ def _entropic(mu, nu, blur, tol, max_iter, init, masked=False):
     outs = [_dispatch(*(None if t is None else t[i:i+size] for t in args), tol, max_iter, masked) for i in range(0, len(base), size)]
     h, T, err, its = outs[0] if len(outs) == 1 else map(torch.cat, zip(*outs))
     if not err.amax() <= tol:
-        warnings.warn(f"Sinkhorn stopped at max_iter={max_iter} with a marginal error of {err.amax():.1e}, above tol={tol:.1e}", stacklevel=4)
+        _warn(f"Sinkhorn stopped at max_iter={max_iter} with a marginal error of {err.amax():.1e}, above tol={tol:.1e}")
     return (h - base)*blur**2, T, h, err, its
 
-# %% ../nbs/01_sinkhorn.ipynb #01-48
+# %% ../nbs/01_sinkhorn.ipynb #01-49
 Diagnostics = namedtuple("Diagnostics", "iterations error") # of each problem (...): Sinkhorn iterations at the wanted ε, and the L1 marginal error reached
 
 def _row_potential(mu, nu, h, blur):
@@ -344,17 +365,17 @@ def potentials(
     init:Tensor=None,  # a guess of g (..., M) to start from, without annealing
     weights:tuple=None,# (a, b), positive, each summing to 1; uniform where None
     diagnostics:bool=False, # also return `Diagnostics`?
-)->tuple:              # f (..., N) and g (..., M), in squared units of x, of equal mean
+)->tuple:              # f (..., N) and g (..., M), in squared units of x, of equal mean; float32 at least
     "The W_ε-potentials of Lemma 1 for the cost ½‖x − y‖²."
     x, y = (x := check_points("x", x)), check_points("y", y, like=x)
     lead, mu, nu = _clouds(x, y, blur, tol, weights)
-    g, _, h, err, its = _entropic(mu, nu, blur, tol, max_iter, init)
+    g, _, h, err, its = _entropic(mu, nu, blur, tol, max_iter, _check_init(init, lead, y.shape[-2]))
     f = _row_potential(mu, nu, h, blur)
     k = (g.mean(-1, keepdim=True) - f.mean(-1, keepdim=True))/2
     out = tuple(t.reshape(*lead, -1).to(x.dtype) for t in (f + k, g - k))
     return (*out, Diagnostics(its.reshape(lead), err.reshape(lead))) if diagnostics else out
 
-# %% ../nbs/01_sinkhorn.ipynb #01-51
+# %% ../nbs/01_sinkhorn.ipynb #01-52
 @torch.no_grad()
 def barycentric_map(
     x:Tensor,          # points (..., N, D)
@@ -365,15 +386,15 @@ def barycentric_map(
     init:Tensor=None,  # a guess of g (..., M)
     weights:tuple=None,# (a, b), positive, each summing to 1
     diagnostics:bool=False, # also return `Diagnostics`?
-)->Tensor:             # T(x_i) = E[y | x_i] under the entropic plan, like x
+)->Tensor:             # T(x_i) = E[y | x_i] under the entropic plan, (..., N, D) of x's dtype
     "The barycentric projection of the entropic plan; ∇f(x) = x − T(x)."
     z, y = (z := check_points("x", x)), check_points("y", y, like=z)
     lead, mu, nu = _clouds(z, y, blur, tol, weights)
-    _, T, _, err, its = _entropic(mu, nu, blur, tol, max_iter, init)
+    _, T, _, err, its = _entropic(mu, nu, blur, tol, max_iter, _check_init(init, lead, y.shape[-2]))
     T = T.add_(nu.mean).mul_(blur).reshape(*lead, *x.shape[-2:]).to(x.dtype)
     return (T, Diagnostics(its.reshape(lead), err.reshape(lead))) if diagnostics else T
 
-# %% ../nbs/01_sinkhorn.ipynb #01-54
+# %% ../nbs/01_sinkhorn.ipynb #01-55
 def _check_self_term(self_term, x):
     "The second batch where it is one, and whether the diagonal is masked."
     if isinstance(self_term, Tensor): return check_points("self_term", self_term, like=x), False
@@ -382,7 +403,7 @@ def _check_self_term(self_term, x):
     if self_term == "masked" and x.shape[-2] < 2: raise ValueError("self_term='masked' needs at least 2 particles, got 1")
     return None, self_term == "masked"
 
-# %% ../nbs/01_sinkhorn.ipynb #01-55
+# %% ../nbs/01_sinkhorn.ipynb #01-56
 @torch.no_grad()
 def velocity(
     x:Tensor,          # particles (..., N, D)
@@ -390,20 +411,22 @@ def velocity(
     blur:float,        # square root of ε, in the units of x
     tol:float=1e-3,    # L1 error of the marginals
     max_iter:int=2000, # with a warning where it does not suffice
-    init:tuple=None,   # guesses (g (..., M), h (..., N)) as returned with `return_init`
+    init:tuple=None,   # guesses (g (..., M), h (..., N or L)) as returned with `return_init`
     weights:tuple=None,# (a, b), positive, each summing to 1
-    self_term="same",  # "same" batch, "masked" diagonal, or a second batch (..., L, D) of x's law
+    self_term="same",  # "same" batch, "masked" diagonal, or a second batch (..., L, D) of x's law, with equal weights
     return_init:bool=False, # also return (g, h): y's potential against x, and x's own?
     diagnostics:bool=False, # also return `Diagnostics`: the iterations of both solves, the larger error?
-)->Tensor:             # v(x_i) = T_{μμ*}(x_i) − T_{μμ}(x_i), like x; no graph
+)->Tensor:             # v(x_i) = T_{μμ*}(x_i) − T_{μμ}(x_i), (..., N, D) of x's dtype; no graph
     "The velocity of the Wasserstein gradient flow of S_ε(·, y) at the particles (Proposition 1)."
     p, y = (p := check_points("x", x)), check_points("y", y, like=p)
     z, masked = _check_self_term(self_term, p)
     lead, mu, nu = _clouds(p, y, blur, tol, weights, own=int(z is None))
     g, h = init or (None, None)
+    g, h = _check_init(g, lead, y.shape[-2]), _check_init(h, lead, (p if z is None else z).shape[-2])
     g, T, _, err, its = _entropic(mu, nu, blur, tol, max_iter, g)
     own = None
     if z is not None:
+        if not _expands(z.shape[:-2], lead): raise ValueError(f"self_term must have leading dimensions that broadcast to {tuple(lead)}, got shape {tuple(z.shape)}")
         b = z.new_full((z.shape[-2],), 1/z.shape[-2])
         _, mu, own = _clouds(p.expand(*lead, *p.shape[-2:]), z, blur, tol, weights and (weights[0], b))
     h, S, _, err_own, its_own = _entropic(mu, own, blur, tol, max_iter, h, masked)
@@ -413,7 +436,7 @@ def velocity(
     if diagnostics: out += (Diagnostics((its + its_own).reshape(lead), torch.maximum(err, err_own).reshape(lead)),)
     return out if len(out) > 1 else v
 
-# %% ../nbs/01_sinkhorn.ipynb #01-63
+# %% ../nbs/01_sinkhorn.ipynb #01-64
 class _Divergence(torch.autograd.Function):
     "S_ε of clouds of one leading shape, and its gradients by velocities and potentials."
     @staticmethod
@@ -425,8 +448,9 @@ class _Divergence(torch.autograd.Function):
         (g, T, f), (_, S, p), (_, R, q) = solve(mu, nu), solve(mu, None), solve(nu, None)
         d, U = nu.mean - mu.mean, solve(nu, mu, f)[1]
         ctx.shapes = [w if w is None else w.shape for w in (a, b)]
-        ctx.save_for_backward(mu.w.mT*(S - T - d)*blur, nu.w.mT*(R - U + d)*blur, f - p, g - q)
-        return ((mu.w*(f - p)).sum((1, 2)) + (nu.w*(g - q)).sum((1, 2))).reshape(lead).to(x.dtype)
+        A, B = (mu.w*(f - p)).sum((1, 2), keepdim=True), (nu.w*(g - q)).sum((1, 2), keepdim=True)
+        ctx.save_for_backward(mu.w.mT*(S - T - d)*blur, nu.w.mT*(R - U + d)*blur, f - p - A, g - q - B)     # along weights that sum to 1
+        return (A + B).reshape(lead).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -444,5 +468,5 @@ def divergence(
 )->Tensor:             # S_ε(x, y) (...), in squared units of x; differentiable once in x, y and the weights
     "The Sinkhorn divergence (Genevay et al. 2018; Feydy et al. 2019)."
     x, y = (x := check_points("x", x)), check_points("y", y, like=x)
-    lead = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    lead = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2], *(w.shape[:-1] for w in weights or ()))
     return _Divergence.apply(x.expand(*lead, *x.shape[-2:]), y.expand(*lead, *y.shape[-2:]), *(weights or (None, None)), blur, tol, max_iter)

@@ -26,7 +26,8 @@ def test_euler_hands_over_times_and_keeps_the_shape():
     xs = euler(field, x, steps=4, trajectory=True)
     assert xs.shape == (5, 3, 1, 2, 2) and torch.equal(xs[0], x)
     assert_close(torch.stack(seen), torch.tensor([0., .25, .5, .75]).double()[:, None].expand(4, 3))
-    assert_close(xs[-1], euler(field, x, steps=4)) and assert_close(xs[-1], x + 1)
+    assert_close(xs[-1], euler(field, x, steps=4))
+    assert_close(xs[-1], x + 1)
 
 
 def test_euler_is_of_first_order_and_builds_no_graph():
@@ -74,6 +75,22 @@ def test_flows_do_not_depend_on_how_many_are_taken_together(self_term, monkeypat
     if self_term != "independent":
         for i in range(2):
             for j in range(3): assert_close(particle_flow(x[i, j], y[j], .5, steps=3, tol=1e-5, self_term=self_term), together[:, i, j], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("lead_x, lead_y", (((8,), ()), ((8,), (1,)), ((5, 3), (3,)), ((), (4,))))
+def test_independent_flows_of_any_leading_shape(lead_x, lead_y):
+    x, y, lead = normal(*lead_x, 16, 2), normal(*lead_y, 12, 2, seed=1) + 1, torch.broadcast_shapes(lead_x, lead_y)
+    kw = dict(blur=.5, steps=3, tol=1e-5, self_term="independent")
+    xs = particle_flow(x, y, **kw)
+    assert_close(xs, particle_flow(x.expand(*lead, 16, 2), y.expand(*lead, 12, 2).clone(), **kw), atol=1e-4, rtol=0)
+    x0 = xs[0]
+    v = velocity(x0, y, .5, 1e-5, self_term=x0.roll(1, -3))
+    assert_close(xs[1], x0 + v/3, atol=1e-4, rtol=0)
+
+
+def test_a_flow_takes_no_second_batch():
+    x = normal(3, 5, 2)
+    with pytest.raises(ValueError, match="self_term of a flow must be .* got Tensor"): particle_flow(x, x, .5, self_term=x)
 
 
 def test_default_steps_are_one_over_what_is_left():

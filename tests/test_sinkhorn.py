@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 from torch.testing import assert_close
 
+from nsgf_nb.flow import particle_flow
 from nsgf_nb.sinkhorn import barycentric_map, check_points, cost, divergence, potentials, velocity
 
 EXACT = dict(tol=1e-10, max_iter=50_000)
@@ -197,7 +198,8 @@ def test_a_far_outlier_does_not_disturb_the_others():
 def test_duplicates():
     x, y = normal(10, 2).repeat(3, 1), torch.zeros(8, 2).double()
     v = velocity(x, y, .3, **EXACT)
-    assert_close(v[:10], v[10:20]) and assert_close(v[:10], v[20:])
+    assert_close(v[:10], v[10:20])
+    assert_close(v[:10], v[20:])
     assert_close(v[:10], velocity(x[:10], y[:1], .3, **EXACT), atol=1e-7, rtol=0)
     same = torch.ones(6, 3).double()
     assert_close(velocity(same, same + 2, .1, **EXACT), torch.full((6, 3), 2.).double())
@@ -210,7 +212,8 @@ def test_one_point_each(dim):
     assert_close(velocity(x, y, .1), y - x)
     assert_close(divergence(x, y, .1), (y - x).square().sum()/2)
     f, g = potentials(x, y, .1)
-    assert_close(f, g) and assert_close(f + g, cost(x, y)[0])
+    assert_close(f, g)
+    assert_close(f + g, cost(x, y)[0])
 
 
 # ---- dtypes, warm starts, what is left behind
@@ -466,5 +469,50 @@ def test_a_call_in_inference_mode_does_not_spoil_the_next():
 
 def test_a_start_of_the_wrong_size_is_refused_by_name():
     x, y = normal(5, 2), normal(4, 2, seed=1)
-    with pytest.raises(ValueError, match=r"init must have 4 entries for each problem, got shape \(5,\)"): velocity(x, y, .5, init=(torch.zeros(5), None))
+    with pytest.raises(ValueError, match=r"init must have 4 entries for each problem \(\), got shape \(5,\)"): velocity(x, y, .5, init=(torch.zeros(5), None))
     with pytest.raises(ValueError, match=r"init must have 5 entries"): velocity(x, y, .5, init=(None, torch.zeros(4)))
+
+
+def test_a_start_that_is_no_number_is_refused_by_name():
+    x, y = normal(5, 2), normal(4, 2, seed=1)
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="init has NaN or infinite values"): potentials(x, y, .5, init=torch.tensor([0., bad, 0., 0.]).double())
+    with pytest.raises(TypeError, match="init must be a torch.Tensor, got list"): potentials(x, y, .5, init=[0.]*4)
+    with pytest.raises(ValueError, match=r"init must have 4 entries for each problem \(\), got shape \(3, 4\)"): potentials(x, y, .5, init=torch.zeros(3, 4))
+
+
+def test_starts_and_weights_broadcast_like_clouds():
+    x, y = normal(2, 1, 6, 2), normal(3, 5, 2, seed=1) + 1
+    g = velocity(x, y, .5, tol=1e-9, return_init=True)[1][0]
+    for init in (g[:, :1], g[0], g[0, 0]): assert_close(velocity(x, y, .5, tol=1e-9, init=(init, None)), velocity(x, y, .5, tol=1e-9), atol=1e-6, rtol=0)
+    a = torch.rand(2, 6, generator=torch.Generator().manual_seed(0)).double() + .5
+    a, b = a/a.sum(-1, keepdim=True), y.new_full((5,), 1/5)
+    v = velocity(x[0, 0], y[0], .5, tol=1e-9, weights=(a, b))
+    assert v.shape == (2, 6, 2)
+    for i in range(2): assert_close(v[i], velocity(x[0, 0], y[0], .5, tol=1e-9, weights=(a[i], b)), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("call", (lambda x, y: velocity(x, y, .01, max_iter=3), lambda x, y: divergence(x, y, .01, max_iter=3),
+    lambda x, y: potentials(x, y, .01, max_iter=3), lambda x, y: particle_flow(x, y, .01, steps=2, max_iter=3)))
+def test_the_warning_points_at_the_caller(call):
+    with pytest.warns(UserWarning, match="stopped at max_iter=3") as caught: call(normal(30, 2), normal(30, 2, seed=1))
+    assert {w.filename for w in caught} == {__file__}
+
+
+def test_the_identity_is_taken_for_it_only_within_tol():
+    "Two points, 5.4 blurs apart: the plan is the identity to 1e-6, not to 1e-10."
+    x = torch.tensor([[0., 0.], [5.4, 0.]], dtype=torch.float64)
+    v = velocity(x, x.new_zeros(1, 2), 1., tol=1e-10)
+    p = 1/(1 + math.exp(5.4**2/2))                                      # of going to the other, which symmetry makes exact
+    assert_close(v[:, 0], x.new_tensor([-5.4*p, -5.4*(1 - p)]), atol=1e-9, rtol=0)
+
+
+def test_the_gradient_in_the_weights_is_that_of_normalised_weights():
+    x, y, w = normal(4, 2), normal(3, 2, seed=1) + 1, torch.tensor([.4, .3, .2, .1]).double()
+    b = w.new_full((3,), 1/3)
+    def S(w): return divergence(x, y, .7, tol=1e-11, max_iter=20_000, weights=(w/w.sum(), b))
+    leaf = w.clone().requires_grad_()
+    divergence(x, y, .7, tol=1e-11, max_iter=20_000, weights=(leaf, b)).backward()
+    for i in range(4):
+        e = torch.zeros(4).double(); e[i] = 1e-4
+        assert leaf.grad[i].item() == pytest.approx(((S(w + e) - S(w - e))/2e-4).item(), abs=1e-5)

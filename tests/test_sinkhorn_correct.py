@@ -27,10 +27,6 @@ SAID = re.compile(r"Sinkhorn stopped at max_iter=(\d+) with a marginal error of 
 LARGE = dict(n=100_000, blur=1., tol=1e-2)      # the child process: about a minute, mostly three passes over all pairs; cut n, or raise blur and tol, to trim it
 
 
-# What the engine does not do yet, found by these tests: a useless warm start of the self-term is not recovered from, float32
-# is not left at the two degenerate float32 clouds, and two tolerances of 1e-7 are missed by a hair. Strict: mended means taken out.
-
-
 def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
@@ -359,7 +355,8 @@ def test_diagnostics_of_each_problem(call, lead_x, lead_y):
     assert_close(out, plain, atol=0, rtol=0)
     if call is velocity:
         v, init, e_ = velocity(x, y, .4, tol=1e-6, return_init=True, diagnostics=True)
-        assert_close((v, *e_), (plain, *e)) and [tuple(u.shape) for u in init] == [(*lead, 15), (*lead, 12)]
+        assert_close((v, *e_), (plain, *e))
+        assert [tuple(u.shape) for u in init] == [(*lead, 15), (*lead, 12)]
 
 
 @pytest.mark.parametrize("dtype, tol", ((torch.float32, 1e-4), (torch.float64, 1e-7)), ids=str)
@@ -383,7 +380,7 @@ def test_an_easy_problem_does_not_wait_for_a_hard_one(dtype, tol):
 def test_the_error_reached_is_told_and_true(max_iter, dtype):
     x, y = normal(4, 40, 2, dtype=dtype), normal(4, 40, 2, seed=1, dtype=dtype) + torch.arange(4.)[:, None, None].to(dtype)
     (f, g, e), said = heard(potentials, x, y, .05, tol=1e-5, max_iter=max_iter, diagnostics=True)
-    assert said == (max_iter, float(f"{e.error.max():.1e}"), 1e-5) and (e.iterations <= max_iter + 10).all()
+    assert said == (max_iter, float(f"{e.error.max():.1e}"), 1e-5) and (e.iterations == max_iter).all()
     for k in range(4):
         error, noise = marginals(x[k], y[k], .05, f[k], g[k], uniform(40), uniform(40))
         assert .5*e.error[k].item() - noise <= error <= 1.02*e.error[k].item() + noise
