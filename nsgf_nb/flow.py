@@ -46,6 +46,7 @@ def _run(xs, y, blurs, etas, tol, max_iter, self_term):
         torch.add(xs[k], v, alpha=eta, out=xs[k + 1])
         init = ((1 - eta)*g, h) if self_term == "same" else None
 
+# %% ../nbs/02_flow.ipynb #02-13
 @torch.no_grad()
 def particle_flow(
     x:Tensor,          # particles (..., N, D), each leading index a flow of its own
@@ -73,7 +74,7 @@ def particle_flow(
         for i in range(0, len(y), size): _run(flows[:, i:i+size], y[i:i+size], *rest)
     return xs
 
-# %% ../nbs/02_flow.ipynb #02-20
+# %% ../nbs/02_flow.ipynb #02-21
 class _Ring:
     "The `capacity` paths that were written last, as states (steps+1, capacity, *shape)."
     def __init__(self, capacity, shape, steps, device):
@@ -99,7 +100,7 @@ def _on_paths(states, filled, size, generator):
 def _check_shape(name, x, shape):
     if tuple(x.shape[2:]) != shape: raise ValueError(f"{name} must be of shape (B, n, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
 
-# %% ../nbs/02_flow.ipynb #02-21
+# %% ../nbs/02_flow.ipynb #02-22
 class TrajectoryPool(_Ring):
     "States visited by many minibatch flows: the training set of velocity matching (Algorithm 1)."
     def __init__(self,

@@ -108,13 +108,17 @@ def _leave(P, done):
     P[gaps] = P[order[gaps]]
     return P[:len(stay)], order
 
-# %% ../nbs/01_sinkhorn.ipynb #01-30
-def _solve(X, Y, a, b, h, tol, max_iter, masked=False):
-    "Bias (B, 1, M), barycentric map (B, N, D), marginal error (B,) and iterations (B,) of a batch of problems; annealed where `h` is None."
+def _first_plan(X, Y, a, b, h, masked):
+    "The bias to begin with, annealed where it is None, and its plan, up to the scale of its rows."
     P, cold = _products(X, Y, masked, _empty("plan", X, len(X), X.shape[1], Y.shape[1])), h is None
     if cold: h, P = _anneal(P, a, b)
     if cold and a.amin() < 1e-14: cold, P = False, _products(X, Y, masked, P)     # the annealing's upper clamp may have cut
-    if not cold: P = _kernel(P.add_(h))
+    return h, P if cold else _kernel(P.add_(h))
+
+# %% ../nbs/01_sinkhorn.ipynb #01-30
+def _solve(X, Y, a, b, h, tol, max_iter, masked=False):
+    "Bias (B, 1, M), barycentric map (B, N, D), marginal error (B,) and iterations (B,) of a batch of problems; annealed where `h` is None."
+    h, P = _first_plan(X, Y, a, b, h, masked)
     out, rest, last, n, iters = None, torch.arange(len(h), device=h.device), None, 0, 2
     lv, step, omega = torch.zeros_like(h), torch.zeros_like(h), torch.ones_like(h[..., :1])
     while True:
@@ -321,6 +325,7 @@ def _dispatch(X, Y, a, b, h, tol, max_iter, masked):
         return _stream_self(X[0], a[0, 0], h, tol, max_iter)
     return _solve_self(X, a, h, tol, max_iter) if own else _solve(X, Y, a, b, h, tol, max_iter, masked)
 
+# %% ../nbs/01_sinkhorn.ipynb #01-48
 def _start(init, base, mu, nu, blur, own):
     "The bias that a guess of g (..., M) stands for, moved to where the answer can be. `base` is what h − g is."
     h = (init.to(base)/blur**2).reshape(base.shape) + base
@@ -345,7 +350,7 @@ def _entropic(mu, nu, blur, tol, max_iter, init, masked=False):
         _warn(f"Sinkhorn stopped at max_iter={max_iter} with a marginal error of {err.amax():.1e}, above tol={tol:.1e}")
     return (h - base)*blur**2, T, h, err, its
 
-# %% ../nbs/01_sinkhorn.ipynb #01-49
+# %% ../nbs/01_sinkhorn.ipynb #01-50
 Diagnostics = namedtuple("Diagnostics", "iterations error") # of each problem (...): Sinkhorn iterations at the wanted ε, and the L1 marginal error reached
 
 def _row_potential(mu, nu, h, blur):
@@ -375,7 +380,7 @@ def potentials(
     out = tuple(t.reshape(*lead, -1).to(x.dtype) for t in (f + k, g - k))
     return (*out, Diagnostics(its.reshape(lead), err.reshape(lead))) if diagnostics else out
 
-# %% ../nbs/01_sinkhorn.ipynb #01-52
+# %% ../nbs/01_sinkhorn.ipynb #01-53
 @torch.no_grad()
 def barycentric_map(
     x:Tensor,          # points (..., N, D)
@@ -394,7 +399,7 @@ def barycentric_map(
     T = T.add_(nu.mean).mul_(blur).reshape(*lead, *x.shape[-2:]).to(x.dtype)
     return (T, Diagnostics(its.reshape(lead), err.reshape(lead))) if diagnostics else T
 
-# %% ../nbs/01_sinkhorn.ipynb #01-55
+# %% ../nbs/01_sinkhorn.ipynb #01-56
 def _check_self_term(self_term, x):
     "The second batch where it is one, and whether the diagonal is masked."
     if isinstance(self_term, Tensor): return check_points("self_term", self_term, like=x), False
@@ -403,7 +408,7 @@ def _check_self_term(self_term, x):
     if self_term == "masked" and x.shape[-2] < 2: raise ValueError("self_term='masked' needs at least 2 particles, got 1")
     return None, self_term == "masked"
 
-# %% ../nbs/01_sinkhorn.ipynb #01-56
+# %% ../nbs/01_sinkhorn.ipynb #01-57
 @torch.no_grad()
 def velocity(
     x:Tensor,          # particles (..., N, D)
@@ -421,8 +426,7 @@ def velocity(
     p, y = (p := check_points("x", x)), check_points("y", y, like=p)
     z, masked = _check_self_term(self_term, p)
     lead, mu, nu = _clouds(p, y, blur, tol, weights, own=int(z is None))
-    g, h = init or (None, None)
-    g, h = _check_init(g, lead, y.shape[-2]), _check_init(h, lead, (p if z is None else z).shape[-2])
+    g, h = (_check_init(guess, lead, q.shape[-2]) for guess, q in zip(init or (None, None), (y, p if z is None else z)))
     g, T, _, err, its = _entropic(mu, nu, blur, tol, max_iter, g)
     own = None
     if z is not None:
@@ -436,7 +440,7 @@ def velocity(
     if diagnostics: out += (Diagnostics((its + its_own).reshape(lead), torch.maximum(err, err_own).reshape(lead)),)
     return out if len(out) > 1 else v
 
-# %% ../nbs/01_sinkhorn.ipynb #01-64
+# %% ../nbs/01_sinkhorn.ipynb #01-65
 class _Divergence(torch.autograd.Function):
     "S_ε of clouds of one leading shape, and its gradients by velocities and potentials."
     @staticmethod
@@ -458,6 +462,7 @@ class _Divergence(torch.autograd.Function):
         out = [(grad.reshape(-1, 1, 1)*t).reshape(*grad.shape, *t.shape[1:]).to(grad.dtype) for t in ctx.saved_tensors]
         return *out[:2], *(t[..., 0, :].sum_to_size(s) if s else None for t, s in zip(out[2:], ctx.shapes)), None, None, None
 
+# %% ../nbs/01_sinkhorn.ipynb #01-66
 def divergence(
     x:Tensor,          # points (..., N, D)
     y:Tensor,          # points (..., M, D)
