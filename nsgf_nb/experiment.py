@@ -33,7 +33,7 @@ EXPERIMENTS = {f"2d-{target}": Experiment(target, NSGFConfig()) for target in TA
     f"self-term-{term}-moons": Experiment("moons", NSGFConfig(pool_size=2**17, self_term=term), steps=(10,), sw2_draws=(10,))
     for term in ("same", "masked", "independent")}
 _GROUPS = "2d", "self-term"      # each stands for all experiments whose names begin with it
-DEMO = Experiment("8gaussians", NSGFConfig(pool_size=2**17, train_steps=4500), floor_pairs=15, steps=(10,), sw2_draws=(5,))
+DEMO = Experiment("8gaussians", NSGFConfig(pool_size=2**18, train_steps=12000), floor_pairs=15, steps=(10,), sw2_draws=(5,))
 
 # %% ../nbs/10_experiment.ipynb #10-09
 def measure_floors(
