@@ -46,11 +46,11 @@ _kept = threading.local()
 
 def _empty(name, like, *shape, most=2**21):
     "Memory to write to; on CPUs, up to `most` entries, the same for every call of that name and dtype."
-    n, key = math.prod(shape), (name, like.dtype)
+    n, key, kept = math.prod(shape), (name, like.dtype), _kept.__dict__
     if like.device.type != "cpu" or n > most: return like.new_empty(shape)
-    if key not in _kept.__dict__ or len(_kept.__dict__[key]) < n:
-        with torch.inference_mode(False): _kept.__dict__[key] = torch.empty(n, dtype=like.dtype)
-    return _kept.__dict__[key][:n].view(shape)
+    if key not in kept or len(kept[key]) < n:
+        with torch.inference_mode(False): kept[key] = torch.empty(n, dtype=like.dtype)
+    return kept[key][:n].view(shape)
 
 # %% ../nbs/01_sinkhorn.ipynb #01-23
 def _momentum(omega, err, last, iters):
@@ -195,9 +195,9 @@ def _some(X, a, seed, size=2048):
 
 def _coarse(X, Y, a, b, tol):
     "A start for `h` from a part of either cloud; for the `p` of the self-term where `Y` is None."
-    (Z, w), own = _some(X, a, 0), Y is None
-    U, c = (Z, w) if own else _some(Y, b, 1)
-    if own: return a.log() - _pass(X, Z, _solve_self(Z[None], w[None, None], None, tol, 200)[0][0, 0], a)[0]
+    Z, w = _some(X, a, 0)
+    if Y is None: return a.log() - _pass(X, Z, _solve_self(Z[None], w[None, None], None, tol, 200)[0][0, 0], a)[0]
+    U, c = _some(Y, b, 1)
     h = _solve(Z[None], U[None], w[None, None], c[None, None], None, tol, 200)[0][0, 0]
     return b.log() - _pass(Y, Z, w.log() - _pass(Z, U, h, w)[0], b)[0]
 
@@ -307,7 +307,7 @@ def _clouds(x, y, blur, tol, weights, own=0):
     for dtype in (x.dtype, torch.float64):
         mu, nu = _cloud("x", x, a, blur, lead, dtype), _cloud("y", y, b, blur, lead, dtype)
         r, s = mu.sq.amax().item(), nu.sq.amax().item()
-        radii = 2*max(math.sqrt(r)*math.sqrt(s), *(r, s)[:own], 0)
+        radii = 2*max([math.sqrt(r)*math.sqrt(s), *(r, s)[:own]])
         if (radii + 8)*torch.finfo(dtype).eps <= tol or dtype == torch.float64: return lead, mu, nu
 
 # %% ../nbs/01_sinkhorn.ipynb #01-47

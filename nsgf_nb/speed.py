@@ -398,9 +398,9 @@ def _work(group, n, d, blur, b, methods, device, say):
         ref = _reference(x, y, blur, b.large_tol if large else None)
         points, left_out = _compare(x, y, blur, ref, methods, more*b.caps[i], more*b.budgets[i], b.target, say, large)
     for o in left_out: say(f"  {o['method']:38s} left out: {o['reason']}")
-    products, problems = _products(n, d, device), b.minibatches*b.steps if group == "pool" else 1
-    return dict(minibatches=b.minibatches if group == "pool" else 1, solved_by_peers=sub, points=points, left_out=left_out,
-                products=products and problems*products, summary=_summary(points, b.target))
+    minibatches, steps, products = *((b.minibatches, b.steps) if group == "pool" else (1, 1)), _products(n, d, device)
+    return dict(minibatches=minibatches, solved_by_peers=sub, points=points, left_out=left_out, products=products and minibatches*steps*products,
+                summary=_summary(points, b.target))
 
 def _write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
