@@ -42,7 +42,7 @@ setup(
     packages=find_packages(include=[cfg["lib_name"], f"{cfg['lib_name']}.*"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "bench", "gpu")},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "bench", "gpu", "images")},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,
 )

@@ -1,9 +1,9 @@
 """Neural Sinkhorn Gradient Flow: learn the velocity that carries one cloud of points onto another."""
 __version__ = "0.1.0"
 
-__all__ = ["NSGF"]
+__all__ = ["NSGF", "NSGFPlusPlus"]
 
-_lazy = {"NSGF": ".matching"}  # public name -> the module it comes from, imported on first use
+_lazy = {"NSGF": ".matching", "NSGFPlusPlus": ".nsgfpp"}  # public name -> the module it comes from, imported on first use
 
 
 def __getattr__(name):

@@ -19,12 +19,16 @@ MAP = {
     "flow": {"sinkhorn"},
     "data": set(),
     "models": set(),
-    "matching": {"flow", "models", "sinkhorn"},
+    "files": set(),
+    "matching": {"files", "flow", "models", "sinkhorn"},
+    "nsgfpp": {"files", "flow", "matching", "models", "sinkhorn"},
+    "image_experiment": {"data", "files", "image_metrics", "matching", "metrics", "nsgfpp"},
     "metrics": {"sinkhorn"},
+    "image_metrics": {"files", "metrics", "sinkhorn"},
     "speed": {"data", "flow", "sinkhorn"},
     "experiment": None,
 }
-HEAVY = "geomloss", "jax", "matplotlib", "ot", "ott", "scipy", "sklearn", "torchvision"
+HEAVY = "geomloss", "jax", "matplotlib", "ot", "ott", "scipy", "sklearn", "torch_fidelity", "torchdiffeq", "torchmetrics", "torchvision"
 
 each_notebook = pytest.mark.parametrize("path", notebooks, ids=lambda p: p.stem)
 each_module = pytest.mark.parametrize("path", modules, ids=lambda p: p.stem)
