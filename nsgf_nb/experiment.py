@@ -6,15 +6,18 @@
 __all__ = ['EXPERIMENTS', 'DEMO', 'Experiment', 'measure_floors', 'draw', 'measure', 'run', 'main']
 
 # %% ../nbs/10_experiment.ipynb #10-04
-import argparse, contextlib, dataclasses, json, os, platform, subprocess, sys, time
+import argparse, dataclasses, json, os, platform, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 import torch
 from torch import Tensor
 import nsgf_nb
-from .data import TARGETS, sample_2d, show_paths, source_2d
+from .data import TARGETS, load_images, sample_2d, show_paths, source_2d
+from .files import made_with, shipped, writable_folder, write_json
+from .image_experiment import IMAGE_EXPERIMENTS, load_model, run_images, sample_images, save_sheet
 from .matching import NSGF, NSGFConfig, find_device
 from .metrics import Estimate, floor, ratio, sw2, w2
+from .nsgfpp import PARTS
 
 # %% ../nbs/10_experiment.ipynb #10-07
 @dataclass(frozen=True)
@@ -90,30 +93,6 @@ def _along_the_way(e, model, draws=5):
     return [sum(w2(x[k], y) for x, y in zip(xs, ys))/draws for k in range(len(xs[0]))]
 
 # %% ../nbs/10_experiment.ipynb #10-15
-def _write_json(path, content):
-    tmp = path.with_suffix(".tmp")
-    tmp.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(tmp, path)
-
-def _folder(path):
-    "`path` as a folder that can be written to."
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path/".probe").touch(); (path/".probe").unlink()
-    except OSError as e: raise OSError(f"cannot write to the folder {path}: {e.strerror}") from None
-    return path
-
-def _circumstances(device):
-    "Where and with what a number was made."
-    root, commit = Path(nsgf_nb.__file__).parent.parent, None
-    if (root/"settings.ini").is_file():                     # a checkout, not an installation
-        with contextlib.suppress(FileNotFoundError):        # no git on this machine
-            git = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True)
-            commit = git.stdout.strip() or None
-    return dict(package=nsgf_nb.__version__, commit=commit, torch=torch.__version__, python=platform.python_version(),
-                machine=platform.machine(), device=str(device), threads=torch.get_num_threads())
-
-# %% ../nbs/10_experiment.ipynb #10-17
 def _train(e, seed, device, progress, folder):
     model = NSGF(e.config, device=device, seed=seed)
     stream = torch.Generator().manual_seed(3_000_000 + seed)
@@ -135,7 +114,7 @@ def _draw_paths(e, model, path):
     show_paths(xs, title=f"NSGF on {e.target}, {len(xs) - 1} Euler steps", ax=ax, limit=250)
     ax.figure.savefig(path)
 
-# %% ../nbs/10_experiment.ipynb #10-18
+# %% ../nbs/10_experiment.ipynb #10-16
 def run(
     name:str,           # of the experiment, for its folder and JSON
     e:Experiment,       # what to do
@@ -146,20 +125,20 @@ def run(
     progress:bool=True, # bars
 )->dict:                # what result.json holds
     "Train, measure, draw, and write model.safetensors, result.json and paths.png."
-    start, folder = time.perf_counter(), _folder(Path(out)/name/f"seed{seed}")
+    start, folder = time.perf_counter(), writable_folder(Path(out)/name/f"seed{seed}")
     model = _train(e, seed, device, progress, folder)
     trained = time.perf_counter()
     floors = floors or measure_floors(e)
     command = f"nsgf demo --seed {seed}" if name == "demo" else f"nsgf train {name} --seeds {seed}" if name in EXPERIMENTS else None
     result = dict(experiment=name, seed=seed, command=command,
-        protocol=dataclasses.asdict(dataclasses.replace(e, config=model.config)), made_with=_circumstances(model.device), floors=floors, measured=measure(e, model, floors, seed),
+        protocol=dataclasses.asdict(dataclasses.replace(e, config=model.config)), made_with=made_with(model.device), floors=floors, measured=measure(e, model, floors, seed),
         w2_along_the_way=_along_the_way(e, model), loss=model.losses[-500:].mean().item(),
         seconds=dict(model.seconds, measuring=time.perf_counter() - trained, total=time.perf_counter() - start))
-    _write_json(folder/"result.json", result)
+    write_json(folder/"result.json", result)
     _draw_paths(e, model, folder/"paths.png")
     return result
 
-# %% ../nbs/10_experiment.ipynb #10-20
+# %% ../nbs/10_experiment.ipynb #10-18
 def _report(r):
     "Two lines a number of steps, for people."
     s, lines = r.get("seconds"), []
@@ -171,7 +150,7 @@ def _report(r):
     if s: lines.append(f"pool {s['pool']:.1f} s, training {s['training']:.1f} s, measuring {s['measuring']:.1f} s")
     return "\n".join(lines)
 
-# %% ../nbs/10_experiment.ipynb #10-24
+# %% ../nbs/10_experiment.ipynb #10-22
 def _say_where(folder): print(f"wrote {folder}/: paths.png (the picture), model.safetensors (the weights), result.json (the numbers)")
 
 def _demo(args):
@@ -179,12 +158,25 @@ def _demo(args):
     print(_report(run("demo", DEMO, args.seed, args.out, device=args.device)))
     _say_where(Path(args.out)/"demo"/f"seed{args.seed}")
 
+def _train_classifier(args):
+    from nsgf_nb.image_metrics import make_classifier
+    name = args.name.removeprefix("classifier-")
+    train, test = (load_images(name, split, labels=True) for split in ("train", "test"))
+    for seed in args.seeds:
+        net, path = make_classifier(name, train, test, seed), writable_folder(Path(args.out)/args.name/f"seed{seed}")/"classifier.safetensors"
+        net.save(path)
+        print(f"test accuracy {net.about['test_accuracy']:.4f} on {len(test[0]):,} images; wrote {path}", flush=True)
+
 def _train_command(args):
+    if args.name.startswith("classifier-"): return _train_classifier(args)
+    if args.name in IMAGE_EXPERIMENTS:
+        for seed in args.seeds: run_images(args.name, IMAGE_EXPERIMENTS[args.name], seed, args.out, find_device(args.device), parts=args.parts, quick=args.quick)
+        return
     names = [name for name in EXPERIMENTS if name.startswith(f"{args.name}-")] if args.name in _GROUPS else [args.name]
     device = find_device(args.device)
     for name in names:
         e = EXPERIMENTS[name]
-        folder = _folder(Path(args.out)/name)
+        folder = writable_folder(Path(args.out)/name)
         print(f"{name}: measuring the floors …", flush=True)
         floors = measure_floors(e)
         for seed in args.seeds:
@@ -192,7 +184,7 @@ def _train_command(args):
             print(_report(run(name, e, seed, args.out, floors, device)), flush=True)
             _say_where(folder/f"seed{seed}")
 
-# %% ../nbs/10_experiment.ipynb #10-25
+# %% ../nbs/10_experiment.ipynb #10-23
 def _target_of(path, target):
     "The target that a model was trained on: as told, or as the result.json beside it says."
     beside = Path(path).parent/"result.json"
@@ -200,8 +192,17 @@ def _target_of(path, target):
     try: return json.loads(beside.read_text())["protocol"]["target"]
     except (KeyError, TypeError, ValueError): raise ValueError(f"{beside} is no result of nsgf train: name the target with --target") from None
 
+def _sample_images(args, model, out):
+    x = sample_images(model, args.n, args.nfe, args.seed)
+    if out.suffix == ".npy":
+        import numpy
+        with out.open("wb") as f: numpy.save(f, x.numpy())
+    else: save_sheet(x, out)
+    print(f"wrote {out}: {args.n:,} images of shape {tuple(x.shape[1:])}")
+
 def _sample(args):
-    model, target, out = NSGF.load(args.path, args.device), _target_of(args.path, args.target), Path(args.output)
+    model, target, out = load_model(args.path, args.device), _target_of(args.path, args.target), Path(args.output)
+    if not isinstance(model, NSGF): return _sample_images(args, model, out)
     if target: x = draw(target, model, args.n, args.seed, args.steps)
     else: x = model.sample(args.n, args.steps, args.seed)
     import numpy
@@ -217,15 +218,15 @@ def _evaluate(args):
     floors = measure_floors(e)
     print(_report(dict(floors=floors, measured=measure(e, model, floors, args.seed))))
 
-# %% ../nbs/10_experiment.ipynb #10-26
+# %% ../nbs/10_experiment.ipynb #10-24
 def _bench(args):
     from nsgf_nb.speed import bench
-    device, path = find_device(args.device), _folder(Path(args.out))/f"{args.what}.json"
+    device, path = find_device(args.device), writable_folder(Path(args.out))/f"{args.what}.json"
     print("quick: tiny sizes, to see that everything works" if args.quick else "about ten minutes on two CPU cores, which should be doing nothing else", flush=True)
-    bench(path=path, device=str(device), quick=args.quick, made_with=_circumstances(device))
+    bench(path=path, device=str(device), quick=args.quick, made_with=made_with(device))
     print(f"wrote {path}")
 
-# %% ../nbs/10_experiment.ipynb #10-27
+# %% ../nbs/10_experiment.ipynb #10-25
 def _info(args):
     import matplotlib, ot, safetensors
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -236,7 +237,7 @@ def _info(args):
         weights=f"{Path('runs').resolve()}, or wherever --out pointed")
     for key, value in rows.items(): print(f"{key:12s}{value}")
 
-# %% ../nbs/10_experiment.ipynb #10-29
+# %% ../nbs/10_experiment.ipynb #10-27
 def _at_least_one(text):
     if not text.isdigit() or int(text) < 1: raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
@@ -249,17 +250,21 @@ def _parser():
         v.set_defaults(call=call)
         return v
     demo = verb("demo", _demo, "learn 8gaussians in about two minutes; print W2 and SW2, draw the paths")
-    train = verb("train", _train_command, "run an experiment at full budget: " + ", ".join([*_GROUPS, *EXPERIMENTS]))
-    train.add_argument("name", choices=[*_GROUPS, *EXPERIMENTS], metavar="NAME", help="the experiment; 2d and self-term stand for all of their kind")
+    names = [*_GROUPS, *EXPERIMENTS, *IMAGE_EXPERIMENTS, *(f"classifier-{data}" for data in ("digits", "mnist", "cifar10"))]
+    train = verb("train", _train_command, "run an experiment at full budget: " + ", ".join(names))
+    train.add_argument("name", choices=names, metavar="NAME", help="the experiment; 2d and self-term stand for all of their kind")
+    train.add_argument("--parts", nargs="+", choices=PARTS, metavar="PART", default=PARTS, help="of NSGF++, to train some only, or in parallel: " + ", ".join(PARTS))
+    train.add_argument("--quick", action="store_true", help="image experiments: a few steps and images, to see that everything works")
     train.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each (default: 0)")
-    sample = verb("sample", _sample, "draw from a trained model into a .npy file")
+    sample = verb("sample", _sample, "draw from a trained model into a .npy file, or images onto a sheet")
     sample.add_argument("-n", type=_at_least_one, default=1024, help="number of samples (default: 1024)")
-    sample.add_argument("-o", "--output", default="samples.npy", help="file to write (default: samples.npy)")
+    sample.add_argument("-o", "--output", default="samples.npy", help="file to write: .npy, or .png for a sheet of images (default: samples.npy)")
+    sample.add_argument("--nfe", type=_at_least_one, help="of images: network calls for each (default: those of the training)")
     sample.add_argument("--steps", type=_at_least_one, help="Euler steps (default: those of the training)")
     evaluate = verb("evaluate", _evaluate, "measure a trained model: W2 and SW2 with floors and ratios")
     for v in (demo, sample, evaluate): v.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: 0)")
     for v in (sample, evaluate):
-        v.add_argument("path", metavar="PATH", help="a model.safetensors")
+        v.add_argument("path", metavar="PATH", help="a model.safetensors, or the name of weights that come with the package: digits, mnist")
         v.add_argument("--target", choices=TARGETS, metavar="TARGET", help="what it was trained on, where no result.json says so: " + ", ".join(TARGETS))
     bench = verb("bench", _bench, "time to accuracy beside other libraries; a JSON file with every point")
     bench.add_argument("what", choices=["sinkhorn"], metavar="WHAT", help="what to time: sinkhorn")
@@ -269,7 +274,7 @@ def _parser():
     verb("info", _info, "versions, device, and where data and results are looked for")
     return p
 
-# %% ../nbs/10_experiment.ipynb #10-30
+# %% ../nbs/10_experiment.ipynb #10-28
 def main(
     argv:list=None, # the words after `nsgf`; those of the process where None
 )->int:             # 0, or 1 for a failure; a wrong call raises SystemExit(2)

@@ -292,7 +292,7 @@ def _bytes(name, x):
     "uint8 images (B, 3, H, W) of float ones in [-1, 1], rounded."
     x = _images(name, x)
     if x.shape[1] not in (1, 3): raise ValueError(f"{name} must have 1 or 3 channels, got {x.shape[1]}")
-    return ((x + 1)*127.5).round().clamp(0, 255).byte().expand(-1, 3, -1, -1)
+    return ((x + 1)*127.5).round().byte().expand(-1, 3, -1, -1)
 
 # %% ../nbs/07b_image_metrics.ipynb #07b-57
 class InceptionScores(NamedTuple):

@@ -26,8 +26,7 @@ class Fitted:
     "What a training run leaves."
     net: nn.Module     # the averaged network
     losses: Tensor     # loss of every step (steps,), on the CPU
-    steps: int         # steps of this call: fewer where it took up a checkpoint
-    seconds: float     # wall time of them
+    seconds: float     # wall time, that before a stop included
     interrupted: bool  # ended by Ctrl-C?
 
 # %% ../nbs/05_matching.ipynb #05-08
@@ -60,8 +59,8 @@ def _compiled(net, x, t):
 
 class _Run:
     "A training run: what it needs for a step, and to go on after a stop."
-    def __init__(self, net, batches, c):
-        self.net, self.fast, self.batches, self.c, self.losses = net, net, batches, c, []
+    def __init__(self, net, batches, c, phases):
+        self.net, self.fast, self.batches, self.c, self.phases, self.losses, self.seconds = net, net, batches, c, phases, [], 0.
         self.device = next(net.parameters()).device
         self.opt = torch.optim.AdamW(net.parameters(), c["lr"], weight_decay=0., fused=self.device.type in ("cpu", "cuda"))
         self.average = AveragedModel(net, multi_avg_fn=_ema(c["ema"]))
@@ -80,7 +79,11 @@ def _save_run(run, path):
     tensors = {f"{name}.{k}": t for name, m in (("net", run.net), ("average", run.average)) for k, t in m.state_dict().items()}
     tensors |= {f"adam.{i}.{k}": t for i, found in run.opt.state_dict()["state"].items() for k, t in found.items()}
     tensors |= {f"batches.{k}": t for k, t in getattr(run.batches, "state_dict", dict)().items()}
-    save_tensors(path, tensors | dict(rng=torch.get_rng_state(), losses=torch.stack(run.losses)), dict(model="checkpoint", settings=run.c))
+    save_tensors(path, tensors | dict(rng=torch.get_rng_state(), losses=torch.stack(run.losses)), dict(model="checkpoint", settings=run.c, seconds=run.seconds, phases=run.phases))
+
+def _steps_done(path):
+    "How many steps the run of a checkpoint has behind it."
+    return len(load_tensors(path)[0]["losses"]) if path and Path(path).exists() else 0
 
 def _load_run(run, path):
     tensors, about = load_tensors(path)
@@ -95,7 +98,8 @@ def _load_run(run, path):
     run.opt.load_state_dict(dict(state=state, param_groups=run.opt.state_dict()["param_groups"]))
     if hasattr(run.batches, "load_state_dict"): run.batches.load_state_dict(part("batches"))
     torch.set_rng_state(tensors["rng"])
-    run.losses = list(tensors["losses"].to(run.device))
+    run.losses, run.seconds = list(tensors["losses"].to(run.device)), about["seconds"]
+    run.phases.update(about["phases"])
 
 # %% ../nbs/05_matching.ipynb #05-14
 def fit(
@@ -111,22 +115,24 @@ def fit(
     checkpoint=None,       # file to go on from where it exists, and to write …
     every:float=60.,       # … every so many seconds, and at the end
     settings:dict=None,    # what else must be the same where a checkpoint is taken up
+    phases:dict=None,      # seconds of what came before; those of a checkpoint are put in
 )->Fitted:                 # the averaged network and the losses
     "Minimise E‖net(x, t) − target‖², the mean over all entries (Algorithm 1)."
-    run = _Run(net, batches, json.loads(json.dumps(dict(settings or {}, steps=steps, lr=lr, ema=ema, clip=clip, bf16=bf16))))
+    run = _Run(net, batches, json.loads(json.dumps(dict(settings or {}, steps=steps, lr=lr, ema=ema, clip=clip, bf16=bf16))), {} if phases is None else phases)
     if compile: run.fast = _compiled(net, *next(batches)[:2])
     if checkpoint and Path(checkpoint).exists(): _load_run(run, checkpoint)
-    start, done, interrupted = time.perf_counter(), len(run.losses), False
-    bar, written = tqdm(range(done, steps), initial=done, total=steps, desc="training", disable=not progress, mininterval=.5), start
+    bar = tqdm(range(len(run.losses), steps), initial=len(run.losses), total=steps, desc="training", disable=not progress, mininterval=.5)
+    start, interrupted = time.perf_counter() - run.seconds, False
     try:
         for i in bar:
             run.step()
             if i % 50 == 0: _watch(i, run.losses[-1], bar)
-            if checkpoint and (i + 1 == steps or time.perf_counter() - written > every): _save_run(run, checkpoint); written = time.perf_counter()
+            seconds = time.perf_counter() - start
+            if checkpoint and (i + 1 == steps or seconds - run.seconds > every): run.seconds = seconds; _save_run(run, checkpoint)
     except KeyboardInterrupt: interrupted = True
     losses = torch.stack(run.losses).cpu() if run.losses else torch.zeros(0)
     if len(losses): _watch(len(losses) - 1, losses[-1], bar)
-    return Fitted(run.average.module, losses, len(losses) - done, time.perf_counter() - start, interrupted)
+    return Fitted(run.average.module, losses, time.perf_counter() - start, interrupted)
 
 # %% ../nbs/05_matching.ipynb #05-18
 def _check_sample(name, x, shape=None):
@@ -358,14 +364,14 @@ def _fit(model, data, source, progress, checkpoint):
     k, draw_x, draw_y, sources = _samplers(model, data, source)
     net = model._network(k.shape).to(model.device, torch.float32)
     model.seconds = {}
-    batches = model._batches(k, draw_x, draw_y, sources, progress)
+    batches = iter(()) if _steps_done(checkpoint) == c.train_steps else model._batches(k, draw_x, draw_y, sources, progress)
     settings = dict(model=type(model).__name__, data=f"{k.shape}, scale {k.scale:.6g}", **dataclasses.asdict(c))
-    fitted = fit(net, batches, c.train_steps, c.lr, c.ema, progress, c.clip, c.bf16, c.compile, checkpoint, settings=settings)
+    fitted = fit(net, batches, c.train_steps, c.lr, c.ema, progress, c.clip, c.bf16, c.compile, checkpoint, settings=settings, phases=model.seconds)
     model.coordinates, model.source, model.given = k, "normal" if source is None else "given", source
     model.net, model.losses, model.seconds["training"] = fitted.net.requires_grad_(False).eval(), fitted.losses, fitted.seconds
     if progress:
-        rate = f"{fitted.steps*c.batch_size/max(fitted.seconds, 1e-9):,.0f} samples/s"
-        tqdm.write(f"{type(model).__name__}: " + ", ".join(f"{what} {s:.1f} s" for what, s in model.seconds.items()) + f" ({fitted.steps:,} steps, {rate})")
+        rate = f"{len(fitted.losses)*c.batch_size/fitted.seconds:,.0f} samples/s"
+        tqdm.write(f"{type(model).__name__}: " + ", ".join(f"{what} {s:.1f} s" for what, s in model.seconds.items()) + f" ({len(fitted.losses):,} steps, {rate})")
     if fitted.interrupted:
         raise KeyboardInterrupt(f"stopped after {len(fitted.losses):,} of {c.train_steps:,} steps; the model keeps what it has learned")
 

@@ -232,6 +232,7 @@ def test_training_learns_and_repeats():
     assert not net.training and not any(p.requires_grad for p in net.parameters()) and net.head.out_features == 3
     test, truth = stripes(200, seed=1)
     assert (net(test).argmax(1) == truth).float().mean() > .98
+    assert (net.body[1].running_mean != 0).all() # batch statistics were learned
     assert torch.equal(net(test), same(test)) and not torch.equal(net(test), other(test))
 
 
@@ -363,7 +364,7 @@ def test_eight_bits_come_back_exactly():
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     for x in (levels.float()/127.5 - 1, levels.float()/255*2 - 1, (levels.float()/255 - .5)/.5):
         assert torch.equal(image_metrics._bytes("x", x), levels.expand(1, 3, 16, 16))
-    assert image_metrics._bytes("x", torch.tensor([-1.00005, 1.00005]).view(2, 1, 1, 1))[:, 0].flatten().tolist() == [0, 255]
+    assert image_metrics._bytes("x", torch.tensor([-1.0001, 1.0001]).view(2, 1, 1, 1))[:, 0].flatten().tolist() == [0, 255]
 
 
 @parity
@@ -415,8 +416,11 @@ def test_standard_network_is_used(tmp_path, monkeypatch):
     monkeypatch.setattr(inception.torch, "load", lambda *args, **kwargs: {})
     monkeypatch.setattr(inception.FeatureExtractorInceptionV3, "load_state_dict", lambda *args: None)
     monkeypatch.setattr(image_metrics, "_weights", lambda: tmp_path/"weights.pth")
-    f, logits = image_metrics._inception()(image_metrics._bytes("x", images(2, 1, 8, 8)))
+    net, x = image_metrics._inception(), image_metrics._bytes("x", images(2, 1, 8, 8))
+    f, logits = net(x)
     assert f.shape == (2, 2048) and logits.shape == (2, 1008)
+    net.fc.bias.fill_(7)
+    assert torch.equal(net(x)[1], logits)      # the score is made of logits without the bias
 
 
 def test_importing_is_light():
