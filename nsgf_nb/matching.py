@@ -190,7 +190,7 @@ def _check_setting(name, value, kind):
     right = isinstance(value, (int, float) if kind is float else kind) and (kind is bool) == isinstance(value, bool)
     if not right: raise TypeError(f"{name} must be of type {kind.__name__}, got {value!r}")
     if kind is tuple and not all(isinstance(u, int) and u > 0 for u in value): raise ValueError(f"{name} must hold positive integers, got {value!r}")
-    low = 0 if name in ("clip", "channels", "dropout", "ema", "first_time") else 1 if kind is int else None
+    low = 0 if name in ("clip", "channels", "dropout", "ema") else 1 if kind is int else None
     if kind in (int, float) and name != "seed" and not (low if low is not None else 1e-300) <= value < math.inf:
         raise ValueError(f"{name} must be {'a positive number' if low is None else f'at least {low}'}, got {value!r}")
     return value

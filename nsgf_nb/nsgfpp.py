@@ -26,12 +26,10 @@ class StraightConfig(TrainConfig):
     steps: int = 5                # steps of sampling
     coupling: str = "independent" # of noise and data in a batch: "independent" (the paper; flow matching), or "ot" (OT-CFM)
     coupling_blur: float = .5     # of "ot", in standard deviations of the data
-    first_time: float = 0.        # train on times from here to 1
 
     def __post_init__(self):
         super().__post_init__()
         if self.coupling not in ("independent", "ot"): raise ValueError(f"coupling must be one of independent, ot, got {self.coupling!r}")
-        if not self.first_time < 1: raise ValueError(f"first_time must lie in [0, 1), got {self.first_time!r}")
 
 # %% ../nbs/06_nsgfpp.ipynb #06-06
 def _partners(x, y, blur, generator):
@@ -52,7 +50,7 @@ class StraightFlow(VelocityModel):
         def draw():
             x, y = draw_x(c.batch_size), draw_y(c.batch_size)
             if c.coupling == "ot": y = y[_partners(x, y, c.coupling_blur, generator)]
-            t = c.first_time + (1 - c.first_time)*torch.rand(c.batch_size, dtype=torch.float32, generator=generator, device=x.device)
+            t = torch.rand(c.batch_size, dtype=torch.float32, generator=generator, device=x.device)
             return _between(x, y, t), t, y - x
         return _Batches(draw, *sources)
 
@@ -92,7 +90,7 @@ def _check_images(data):
 class NSGFPlusPlus:
     "NSGF++ (Algorithm 3): `NSGFPlusPlus().fit(images).sample(n)`."
     def __init__(self,
-        sinkhorn:NSGFConfig=NSGFConfig(**_IMAGES, steps=5, reach=.7, blur=1., pool_size=2**15, pool_mb=2048),  # (a) the Sinkhorn flow
+        sinkhorn:NSGFConfig=NSGFConfig(**_IMAGES, steps=5, reach=.2, blur=1., pool_size=2**15, pool_mb=2048),  # (a) the Sinkhorn flow
         predictor:TrainConfig=TrainConfig(**_IMAGES | dict(channels=16, train_steps=1000)),                   # (b) the clock
         straight:StraightConfig=StraightConfig(**_IMAGES),                                                   # (c) the straight flow
         device=None,   # where to compute; a GPU if there is one

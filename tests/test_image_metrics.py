@@ -236,6 +236,19 @@ def test_training_learns_and_repeats():
     assert torch.equal(net(test), same(test)) and not torch.equal(net(test), other(test))
 
 
+def test_weights_and_order_follow_the_seed(monkeypatch):
+    x, labels = stripes(100)
+    fresh = image_metrics._seeded_classifier
+    def weights(net): return torch.cat([p.detach().flatten() for p in net.parameters()])
+    with torch.random.fork_rng(devices=[]):
+        first = weights(fresh(x, labels, 4, 0))
+        torch.rand(1)                          # whatever was drawn meanwhile
+        assert torch.equal(weights(fresh(x, labels, 4, 0)), first) and not torch.equal(weights(fresh(x, labels, 4, 1)), first)
+    monkeypatch.setattr(image_metrics, "_seeded_classifier", lambda x, labels, width, seed: fresh(x, labels, width, 0))
+    a, b, c = (weights(train_classifier(x, labels, width=4, epochs=1, batch_size=20, shift=0, seed=s, progress=False)) for s in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
 def test_shifts_move_each_image_its_own_way():
     x = torch.arange(1., 10).view(1, 1, 3, 3).repeat(400, 1, 1, 1)/9
     moved = image_metrics._shifted(x, 1, torch.Generator().manual_seed(0))
