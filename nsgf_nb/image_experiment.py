@@ -47,7 +47,7 @@ class ImageExperiment:
 _SMALL = dict(channels=32, mult=(1, 2), batch_size=64, lr=1e-3, clip=1.)
 _ON_GPU = dict(lr=2e-4, ema=.9999, clip=1., bf16=True, compile=True)
 _DATA = {
-    "digits": ImageExperiment("digits", _SMALL, 4000, samples=749, draws=5),
+    "digits": ImageExperiment("digits", _SMALL, 3000, samples=749, draws=5),
     "mnist": ImageExperiment("mnist", _SMALL | dict(patch=2), 8000),
     "mnist-paper": ImageExperiment("mnist", _ON_GPU | dict(channels=32, mult=(1, 2, 2), batch_size=256), 100_000, samples=30_000),
     "cifar10": ImageExperiment("cifar10", _ON_GPU | dict(channels=128, mult=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=.1, batch_size=128, flip=True), 400_000, samples=50_000),
@@ -116,13 +116,25 @@ def save_sheet(
     x:Tensor,        # images (n, C, H, W) in [-1, 1]
     path,            # picture file to write, .png
     title:str="",    # above them
+    columns:int=None,# images in a row
+    size=(6, 6),     # of the picture, in inches
 ):
     "A sheet of images as a picture file."
     from matplotlib.figure import Figure
-    ax = Figure(figsize=(6, 6), dpi=110, layout="constrained").subplots()
-    show_images(x, title, ax)
+    ax = Figure(figsize=size, dpi=80, layout="constrained").subplots()
+    show_images(x, title, ax, columns)
     ax.figure.savefig(path)
 
+def _draw(e, model, data, folder, seed):
+    "sheet.png: samples; way.png: the states of six at 10 NFE; nearest.png: ten samples over the training images nearest to them."
+    x = sample_images(model, 64, seed=seed)
+    save_sheet(x, folder/"sheet.png", f"{e.method} on {e.data}")
+    save_sheet(torch.cat([x[:10], data[_nearest(x[:10], data)[1]]]), folder/"nearest.png", f"{e.method}: samples, and the training images nearest to them", 10, (6, 1.6))
+    steps = dict(steps=4, sinkhorn_steps=5) if isinstance(model, NSGFPlusPlus) else dict(steps=9)
+    way = model.sample(6, seed=seed, trajectory=True, **steps).cpu()
+    save_sheet(way.transpose(0, 1).flatten(0, 1), folder/"way.png", f"{e.method}: from noise to images in nine steps", len(way), (6, 3.9))
+
+# %% ../nbs/09_image_experiment.ipynb #09-16
 def load_model(
     path,         # a file that `save` wrote, or the name of weights that come with the package
     device=None,  # where to compute; a GPU if there is one
@@ -133,7 +145,7 @@ def load_model(
     if kind not in kinds: raise ValueError(f"{path} holds a model of type {kind!r}, none of {', '.join(kinds)}")
     return kinds[kind].load(path, device)
 
-# %% ../nbs/09_image_experiment.ipynb #09-17
+# %% ../nbs/09_image_experiment.ipynb #09-18
 def _quick(e):
     "The same experiment, small enough to see within seconds that everything works."
     net = e.net | dict(channels=8, batch_size=8, bf16=False, compile=False)
@@ -164,7 +176,7 @@ def _phases(model):
     return {name: dict(part.seconds, images_per_second=len(part.losses)*part.config.batch_size/part.seconds["training"], loss=part.losses[-200:].mean().item(),
                        parameters=sum(p.numel() for p in part.net.parameters())) for name, part in parts.items()}
 
-# %% ../nbs/09_image_experiment.ipynb #09-18
+# %% ../nbs/09_image_experiment.ipynb #09-19
 def _report(r):
     "A line a phase and a line a number of network calls, for people."
     lines = [f"{name}: " + ", ".join(f"{k} {v:.1f} s" for k, v in p.items() if k in ("pool", "training")) + f", {p['images_per_second']:,.0f} images/s" for name, p in r["phases"].items()]
@@ -176,7 +188,7 @@ def _report(r):
     else: lines += [f"{k}: {v}" for k, v in m.items()]
     return "\n".join(lines)
 
-# %% ../nbs/09_image_experiment.ipynb #09-19
+# %% ../nbs/09_image_experiment.ipynb #09-20
 def run_images(
     name:str,            # of the experiment, for its folder and JSON
     e:ImageExperiment,   # what to do
@@ -195,10 +207,11 @@ def run_images(
     missing = _missing(model, folder)
     if missing: print(f"{folder} waits for: {', '.join(missing)}"); return None
     _train(model, data, folder, PARTS, False)                   # takes up what other processes have trained
-    model.save(folder/"model.safetensors")
-    save_sheet(sample_images(model, 64, seed=seed), folder/"sheet.png", f"{e.method} on {e.data}")
+    command = f"nsgf train {name} --seeds {seed}{' --quick' if quick else ''}"
+    model.save(folder/"model.safetensors", command=command)
+    _draw(e, model, data, folder, seed)
     trained, measured = time.perf_counter(), _measured(e, model, data, seed)
-    result = dict(experiment=name, seed=seed, command=f"nsgf train {name} --seeds {seed}{' --quick' if quick else ''}", protocol=asdict(e),
+    result = dict(experiment=name, seed=seed, command=command, protocol=asdict(e),
         made_with=made_with(model.straight.device if isinstance(model, NSGFPlusPlus) else model.device), training_images=len(data), phases=_phases(model),
         measured=measured, seconds=dict(measuring=time.perf_counter() - trained))
     write_json(folder/"result.json", result)

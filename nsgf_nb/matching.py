@@ -411,10 +411,12 @@ class _Learned:
         return self
 
     def save(self,
-        path,  # file to write; its configuration goes beside it, as path.json, for people
+        path,    # file to write; its configuration goes beside it, as path.json, for people
+        **notes, # more for that text, such as the command that made it
     ):
         "Write the model to one safetensors file."
-        save_tensors(path, *_pack(self))
+        tensors, about = _pack(self)
+        save_tensors(path, tensors, dict(about, **notes))
 
     @classmethod
     def load(cls,

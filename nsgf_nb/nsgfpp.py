@@ -5,21 +5,20 @@
 # %% auto #0
 __all__ = ['StraightConfig', 'StraightFlow', 'PhasePredictor', 'NSGFPlusPlus']
 
-# %% ../nbs/06_nsgfpp.ipynb #06-03
+# %% ../nbs/06_nsgfpp.ipynb #06-05
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from .files import load_tensors, save_tensors, shipped
 from .matching import NSGF, NSGFConfig, TrainConfig, VelocityModel, _Batches, _Learned, _pack, _unpack, find_device
 from .models import TimePredictor
 from .sinkhorn import cost, potentials
 
-# %% ../nbs/06_nsgfpp.ipynb #06-04
+# %% ../nbs/06_nsgfpp.ipynb #06-08
 _IMAGES = dict(train_steps=10000, batch_size=128, lr=1e-3, clip=1., channels=32)
 
-# %% ../nbs/06_nsgfpp.ipynb #06-05
+# %% ../nbs/06_nsgfpp.ipynb #06-10
 @dataclass(frozen=True)
 class StraightConfig(TrainConfig):
     "Settings of a `StraightFlow`."
@@ -31,7 +30,7 @@ class StraightConfig(TrainConfig):
         super().__post_init__()
         if self.coupling not in ("independent", "ot"): raise ValueError(f"coupling must be one of independent, ot, got {self.coupling!r}")
 
-# %% ../nbs/06_nsgfpp.ipynb #06-06
+# %% ../nbs/06_nsgfpp.ipynb #06-11
 def _partners(x, y, blur, generator):
     "For each row of x the index of a row of y, drawn from the entropic plan between the two."
     X, Y = x.flatten(1), y.flatten(1)
@@ -40,7 +39,7 @@ def _partners(x, y, blur, generator):
 
 def _between(x, y, t): return x + (y - x)*t.view(-1, *[1]*(x.ndim - 1))
 
-# %% ../nbs/06_nsgfpp.ipynb #06-07
+# %% ../nbs/06_nsgfpp.ipynb #06-12
 class StraightFlow(VelocityModel):
     "A flow along straight lines between noise and data: u(x_t, t) matches x_1 − x_0 (Lipman et al. 2023; with OT: Tong et al. 2024)."
     Config = StraightConfig
@@ -54,7 +53,7 @@ class StraightFlow(VelocityModel):
             return _between(x, y, t), t, y - x
         return _Batches(draw, *sources)
 
-# %% ../nbs/06_nsgfpp.ipynb #06-08
+# %% ../nbs/06_nsgfpp.ipynb #06-16
 class PhasePredictor(_Learned):
     "The time t of a state between noise and data, from the state alone (Algorithm 3, t_φ)."
     def _network(self, shape): return TimePredictor(shape, self.config.channels)
@@ -74,7 +73,7 @@ class PhasePredictor(_Learned):
         net = self._fitted()
         with torch.no_grad(): return torch.cat([net(u) for u in self.coordinates.to_model(x).split(1024)])
 
-# %% ../nbs/06_nsgfpp.ipynb #06-09
+# %% ../nbs/06_nsgfpp.ipynb #06-18
 PARTS = "sinkhorn", "predictor", "straight"
 
 def _check_images(data):
@@ -86,7 +85,7 @@ def _check_images(data):
     if x.is_floating_point() and x.abs().max() > 1.001:
         raise ValueError(f"data must lie in [-1, 1], got values from {x.min():.4g} to {x.max():.4g}; bytes go in as x.float()/127.5 - 1")
 
-# %% ../nbs/06_nsgfpp.ipynb #06-10
+# %% ../nbs/06_nsgfpp.ipynb #06-19
 class NSGFPlusPlus:
     "NSGF++ (Algorithm 3): `NSGFPlusPlus().fit(images).sample(n)`."
     def __init__(self,
@@ -133,15 +132,21 @@ class NSGFPlusPlus:
         y, nfe = torch.cat([way, y[1:]]) if trajectory else y, nfe + 1 + more
         return (y, nfe) if return_nfe else y
 
-    def save(self, path):
+    def save(self,
+        path,    # file to write; its configuration goes beside it, as path.json
+        **notes, # more for that text, such as the command that made it
+    ):
         "Write the three parts to one safetensors file."
         packed = {name: _pack(getattr(self, name)) for name in PARTS}
         tensors = {f"{name}.{k}": t for name, (ts, _) in packed.items() for k, t in ts.items()}
-        save_tensors(path, tensors, dict(model="NSGFPlusPlus", **{name: about for name, (_, about) in packed.items()}))
+        save_tensors(path, tensors, dict(model="NSGFPlusPlus", **{name: about for name, (_, about) in packed.items()}, **notes))
 
     @classmethod
-    def load(cls, path, device=None):
-        "Read a file that `save` wrote."
+    def load(cls,
+        path,        # file that `save` wrote
+        device=None, # where to compute; a GPU if there is one
+    ):               # an `NSGFPlusPlus`
+        "Read a file that `save` wrote; `ValueError` where it is broken, of another version or not ours."
         tensors, about = load_tensors(path)
         if about.get("model") != "NSGFPlusPlus": raise ValueError(f"{path} holds a model of type {about.get('model')!r}, not 'NSGFPlusPlus'")
         model = cls(device=device)
@@ -151,6 +156,9 @@ class NSGFPlusPlus:
         return model
 
     @classmethod
-    def from_pretrained(cls, name, device=None):
-        "The weights that come with the package."
+    def from_pretrained(cls,
+        name,        # "digits" or "mnist"
+        device=None, # where to compute; a GPU if there is one
+    ):               # an `NSGFPlusPlus`
+        "A model that this project trained and ships."
         return cls.load(shipped(name), device)
