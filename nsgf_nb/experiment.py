@@ -242,6 +242,16 @@ def _at_least_one(text):
     if not text.isdigit() or int(text) < 1: raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
 
+def _add_train(verb):
+    names = [*_GROUPS, *EXPERIMENTS, *IMAGE_EXPERIMENTS, *(f"classifier-{data}" for data in ("digits", "mnist", "cifar10"))]
+    train = verb("train", _train_command, "run an experiment at full budget: " + ", ".join(names))
+    train.add_argument("name", choices=names, metavar="NAME", help="the experiment; 2d and self-term stand for all of their kind")
+    train.add_argument("--parts", nargs="+", choices=PARTS, metavar="PART", default=PARTS, help="of NSGF++, to train some only, or in parallel: " + ", ".join(PARTS))
+    train.add_argument("--quick", action="store_true", help="image experiments: a few steps and images, to see that everything works")
+    train.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each (default: 0)")
+    return train
+
+# %% ../nbs/10_experiment.ipynb #10-28
 def _parser():
     p = argparse.ArgumentParser(prog="nsgf", description="Neural Sinkhorn gradient flow: train, sample and measure.")
     verbs = p.add_subparsers(dest="verb", required=True, metavar="COMMAND")
@@ -250,12 +260,7 @@ def _parser():
         v.set_defaults(call=call)
         return v
     demo = verb("demo", _demo, "learn 8gaussians in about two minutes; print W2 and SW2, draw the paths")
-    names = [*_GROUPS, *EXPERIMENTS, *IMAGE_EXPERIMENTS, *(f"classifier-{data}" for data in ("digits", "mnist", "cifar10"))]
-    train = verb("train", _train_command, "run an experiment at full budget: " + ", ".join(names))
-    train.add_argument("name", choices=names, metavar="NAME", help="the experiment; 2d and self-term stand for all of their kind")
-    train.add_argument("--parts", nargs="+", choices=PARTS, metavar="PART", default=PARTS, help="of NSGF++, to train some only, or in parallel: " + ", ".join(PARTS))
-    train.add_argument("--quick", action="store_true", help="image experiments: a few steps and images, to see that everything works")
-    train.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each (default: 0)")
+    train = _add_train(verb)
     sample = verb("sample", _sample, "draw from a trained model into a .npy file, or images onto a sheet")
     sample.add_argument("-n", type=_at_least_one, default=1024, help="number of samples (default: 1024)")
     sample.add_argument("-o", "--output", default="samples.npy", help="file to write: .npy, or .png for a sheet of images (default: samples.npy)")
@@ -274,7 +279,7 @@ def _parser():
     verb("info", _info, "versions, device, and where data and results are looked for")
     return p
 
-# %% ../nbs/10_experiment.ipynb #10-28
+# %% ../nbs/10_experiment.ipynb #10-29
 def main(
     argv:list=None, # the words after `nsgf`; those of the process where None
 )->int:             # 0, or 1 for a failure; a wrong call raises SystemExit(2)

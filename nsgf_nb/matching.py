@@ -75,7 +75,8 @@ class _Run:
         self.opt.step(); self.average.update_parameters(self.net); self.losses.append(loss.detach())
 
 # %% ../nbs/05_matching.ipynb #05-12
-def _save_run(run, path):
+def _save_run(run, path, seconds):
+    run.seconds = seconds
     tensors = {f"{name}.{k}": t for name, m in (("net", run.net), ("average", run.average)) for k, t in m.state_dict().items()}
     tensors |= {f"adam.{i}.{k}": t for i, found in run.opt.state_dict()["state"].items() for k, t in found.items()}
     tensors |= {f"batches.{k}": t for k, t in getattr(run.batches, "state_dict", dict)().items()}
@@ -85,6 +86,7 @@ def _steps_done(path):
     "How many steps the run of a checkpoint has behind it."
     return len(load_tensors(path)[0]["losses"]) if path and Path(path).exists() else 0
 
+# %% ../nbs/05_matching.ipynb #05-13
 def _load_run(run, path):
     tensors, about = load_tensors(path)
     theirs = about.get("settings", {})
@@ -101,7 +103,7 @@ def _load_run(run, path):
     run.losses, run.seconds = list(tensors["losses"].to(run.device)), about["seconds"]
     run.phases.update(about["phases"])
 
-# %% ../nbs/05_matching.ipynb #05-14
+# %% ../nbs/05_matching.ipynb #05-15
 def fit(
     net:nn.Module,         # the field v(x, t) to train, in place
     batches,               # iterator of (x (B, *shape), t (B,), target like what net gives)
@@ -127,14 +129,13 @@ def fit(
         for i in bar:
             run.step()
             if i % 50 == 0: _watch(i, run.losses[-1], bar)
-            seconds = time.perf_counter() - start
-            if checkpoint and (i + 1 == steps or seconds - run.seconds > every): run.seconds = seconds; _save_run(run, checkpoint)
+            if checkpoint and (i + 1 == steps or time.perf_counter() - start - run.seconds > every): _save_run(run, checkpoint, time.perf_counter() - start)
     except KeyboardInterrupt: interrupted = True
     losses = torch.stack(run.losses).cpu() if run.losses else torch.zeros(0)
     if len(losses): _watch(len(losses) - 1, losses[-1], bar)
     return Fitted(run.average.module, losses, time.perf_counter() - start, interrupted)
 
-# %% ../nbs/05_matching.ipynb #05-18
+# %% ../nbs/05_matching.ipynb #05-19
 def _check_sample(name, x, shape=None):
     "x itself where it is a finite float tensor (n, *shape) of n ≥ 1 samples."
     if isinstance(x, Tensor) and x.ndim < 2:
@@ -161,7 +162,7 @@ class _Deck:
         now, self.order = self.order[:n], self.order[n:]
         return self.x[now.to(self.x.device)]
 
-# %% ../nbs/05_matching.ipynb #05-19
+# %% ../nbs/05_matching.ipynb #05-20
 def as_sampler(
     data,                       # tensor (N, *shape), Dataset of such samples or of (sample, ...) tuples, or function n -> (n, *shape)
     generator:torch.Generator,  # orders a finite sample
@@ -183,7 +184,7 @@ def as_sampler(
         return x.detach()
     return draw
 
-# %% ../nbs/05_matching.ipynb #05-24
+# %% ../nbs/05_matching.ipynb #05-25
 def _check_setting(name, value, kind):
     "Is it of its type, and of a size that makes sense? The value, lists as tuples."
     if isinstance(value, list): value = tuple(value)
@@ -195,7 +196,7 @@ def _check_setting(name, value, kind):
         raise ValueError(f"{name} must be {'a positive number' if low is None else f'at least {low}'}, got {value!r}")
     return value
 
-# %% ../nbs/05_matching.ipynb #05-25
+# %% ../nbs/05_matching.ipynb #05-26
 @dataclass(frozen=True)
 class TrainConfig:
     "Settings of any network and its training."
@@ -222,7 +223,7 @@ class TrainConfig:
         for name in ("ema", "dropout"):
             if not getattr(self, name) < 1: raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)!r}")
 
-# %% ../nbs/05_matching.ipynb #05-27
+# %% ../nbs/05_matching.ipynb #05-28
 @dataclass(frozen=True)
 class NSGFConfig(TrainConfig):
     "Settings of an `NSGF` run."
@@ -243,7 +244,7 @@ class NSGFConfig(TrainConfig):
         for name, known in (("blur_unit", ("std", "data")), ("self_term", ("same", "masked", "independent"))):
             if getattr(self, name) not in known: raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
-# %% ../nbs/05_matching.ipynb #05-28
+# %% ../nbs/05_matching.ipynb #05-29
 def _replace(config, settings, owner="NSGF"):
     "`config` with some settings replaced, all of which must exist."
     known = [f.name for f in dataclasses.fields(config)]
@@ -251,7 +252,7 @@ def _replace(config, settings, owner="NSGF"):
         if name not in known: raise TypeError(f"{name!r} is no setting of {owner}; known are {', '.join(known)}")
     return dataclasses.replace(config, **settings)
 
-# %% ../nbs/05_matching.ipynb #05-31
+# %% ../nbs/05_matching.ipynb #05-32
 def find_device(
     device=None,   # "cpu", "cuda", "cuda:1", a torch.device; a GPU if there is one where None
 )->torch.device:   # one that exists
@@ -262,7 +263,7 @@ def find_device(
         raise ValueError(f"device {str(device)!r} cannot be used here: {str(e).splitlines()[0]}") from None
     return torch.device(device)
 
-# %% ../nbs/05_matching.ipynb #05-34
+# %% ../nbs/05_matching.ipynb #05-35
 class _Coordinates:
     "Between the data's unit and the model's: mean zero, root mean square one, float32."
     def __init__(self, mean, scale): self.mean, self.scale, self.shape = mean, scale, tuple(mean.shape)
@@ -279,7 +280,7 @@ class _Coordinates:
     def to_model(self, x): return ((x.to(self.mean) - self.mean) / self.scale).float()
     def to_data(self, z): return z.to(self.mean)*self.scale + self.mean
 
-# %% ../nbs/05_matching.ipynb #05-37
+# %% ../nbs/05_matching.ipynb #05-38
 def _build_pool(c, coordinates, draw_x, draw_y, device, progress):
     "The pool of the config `c`, from samplers of source and target in the model's coordinates."
     most = c.pool_mb*2**18 // ((c.flow_steps + 1)*math.prod(coordinates.shape))      # floats of four bytes
@@ -292,7 +293,7 @@ def _build_pool(c, coordinates, draw_x, draw_y, device, progress):
         pool.add(*(draw(group*c.minibatch).unflatten(0, (group, c.minibatch)) for draw in (draw_x, draw_y)))
     return pool
 
-# %% ../nbs/05_matching.ipynb #05-39
+# %% ../nbs/05_matching.ipynb #05-40
 def _pack(model):
     "The tensors and the text of a trained model."
     net, c = model._fitted(), model.coordinates
@@ -324,7 +325,7 @@ def _unpack(cls, tensors, about, device, path):
     model.coordinates = _Coordinates(tensors["mean"].to(model.device), tensors["scale"].to(model.device))
     return model
 
-# %% ../nbs/05_matching.ipynb #05-41
+# %% ../nbs/05_matching.ipynb #05-42
 @contextmanager
 def _seeded(seed):
     "torch's global CPU generator, seeded, for as long as it lasts; then as it was."
@@ -345,7 +346,7 @@ def _flipped(x, generator):
     "Images (n, C, H, W), each mirrored with probability ½."
     return torch.where(torch.rand(len(x), generator=generator).to(x.device).view(-1, 1, 1, 1) < .5, x.flip(-1), x)
 
-# %% ../nbs/05_matching.ipynb #05-42
+# %% ../nbs/05_matching.ipynb #05-43
 def _samplers(model, data, source):
     "Coordinates from 16,384 draws of the target, samplers of source and target in them, and all that these draw from."
     c, device, generator = model.config, model.device, torch.Generator().manual_seed(model.config.seed)
@@ -375,13 +376,12 @@ def _fit(model, data, source, progress, checkpoint):
     if fitted.interrupted:
         raise KeyboardInterrupt(f"stopped after {len(fitted.losses):,} of {c.train_steps:,} steps; the model keeps what it has learned")
 
-# %% ../nbs/05_matching.ipynb #05-43
-class _Learned:
-    "A network that learns from batches (x, t, target), in coordinates of its own. A method says which network and which batches."
+# %% ../nbs/05_matching.ipynb #05-44
+class _Model:
+    "A network in coordinates of its own, and its file."
     Config = TrainConfig
-    config = coordinates = net = None  # set by fit or load
-    source, given = "normal", None     # or "given", by what came to fit as its source
-    losses, seconds = None, None       # of every step; of each phase: set by fit
+    config = coordinates = net = losses = seconds = None # set by fit, the last two (loss of every step, seconds of each phase) only by fit
+    source, given = "normal", None                       # or "given", by what came to fit as its source
 
     def __init__(self,
         config:TrainConfig=None, # all settings; the defaults where None
@@ -392,23 +392,9 @@ class _Learned:
         if not isinstance(config, self.Config): raise TypeError(f"config must be a {self.Config.__name__}, got {type(config).__name__}")
         self.config, self.device = _replace(config, settings, type(self).__name__), find_device(device)
 
-    def _network(self, shape):
-        c = self.config
-        return UNet(shape, c.channels, c.mult, c.blocks, c.attention, c.dropout, c.patch) if c.channels else MLP(shape, c.width, c.depth)
-
     def _fitted(self):
         if self.net is None: raise RuntimeError("this model has no network yet: call fit(data), or load(path)")
         return self.net
-
-    def fit(self,
-        data,               # tensor (N, *shape), map-style Dataset, or function n -> (n, *shape)
-        source=None,        # the same, for the source; N(0, I) in the model's coordinates where None
-        progress:bool=True, # show bars, and a line with the times
-        checkpoint=None,    # file from which to go on where it exists, written every minute and at the end
-    ):                      # the model itself
-        "Learn from `source` to `data`. After Ctrl-C the model keeps what it has learned."
-        with _seeded(self.config.seed): _fit(self, data, source, progress, checkpoint)
-        return self
 
     def save(self,
         path,    # file to write; its configuration goes beside it, as path.json, for people
@@ -427,6 +413,23 @@ class _Learned:
         return _unpack(cls, *load_tensors(path), find_device(device), path)
 
 # %% ../nbs/05_matching.ipynb #05-45
+class _Learned(_Model):
+    "A model that learns from batches (x, t, target). A method says which network and which batches."
+    def _network(self, shape):
+        c = self.config
+        return UNet(shape, c.channels, c.mult, c.blocks, c.attention, c.dropout, c.patch) if c.channels else MLP(shape, c.width, c.depth)
+
+    def fit(self,
+        data,               # tensor (N, *shape), map-style Dataset, or function n -> (n, *shape)
+        source=None,        # the same, for the source; N(0, I) in the model's coordinates where None
+        progress:bool=True, # show bars, and a line with the times
+        checkpoint=None,    # file from which to go on where it exists, written every minute and at the end
+    ):                      # the model itself
+        "Learn from `source` to `data`. After Ctrl-C the model keeps what it has learned."
+        with _seeded(self.config.seed): _fit(self, data, source, progress, checkpoint)
+        return self
+
+# %% ../nbs/05_matching.ipynb #05-47
 def _start(model, n, seed):
     "n draws of the model's source, in its coordinates."
     c = model.coordinates
@@ -442,7 +445,7 @@ def _rows(model):
     if not c.channels: return 4096 if cpu else 2**17
     return max(16, (2**22 if cpu else 2**27)//(c.channels*math.prod(model.coordinates.shape[1:])))
 
-# %% ../nbs/05_matching.ipynb #05-46
+# %% ../nbs/05_matching.ipynb #05-48
 class VelocityModel(_Learned):
     "A learned velocity field, and how to sample it."
     def __call__(self,
@@ -472,13 +475,13 @@ class VelocityModel(_Learned):
         x, nfe = _together([x for x, _ in parts]) if trajectory else torch.cat([x for x, _ in parts]), torch.cat([n for _, n in parts])
         return (c.to_data(x), nfe) if return_nfe else c.to_data(x)
 
-# %% ../nbs/05_matching.ipynb #05-47
+# %% ../nbs/05_matching.ipynb #05-49
 def _together(parts):
     "Trajectories (steps+1, B, *shape), side by side; those that took fewer steps stay where they arrived."
     longest = max(map(len, parts))
     return torch.cat([torch.cat([p, p[-1:].expand(longest - len(p), *p.shape[1:])]) for p in parts], 1)
 
-# %% ../nbs/05_matching.ipynb #05-49
+# %% ../nbs/05_matching.ipynb #05-51
 class NSGF(VelocityModel):
     "Neural Sinkhorn gradient flow: `NSGF().fit(data).sample(n)` (Algorithms 1 and 2)."
     Config = NSGFConfig

@@ -109,18 +109,31 @@ class Attention(nn.Module):
 
 # %% ../nbs/04_models.ipynb #04-24
 def _stages(channels, mult, blocks, size, attention, block):
-    "The ways down and up of a UNet: lists of layers."
+    "The ways down and up and the middle of a UNet: lists of layers."
     down, up, kept, c = [], [], [channels], channels
     def stage(i, o): return nn.ModuleList([block(i, o), *([Attention(o)] if size in attention else [])])
     for level, m in enumerate(mult):
         for _ in range(blocks):
             down.append(stage(c, channels*m)); c = channels*m; kept.append(c)
         if level < len(mult) - 1: down.append(nn.Conv2d(c, c, 3, stride=2, padding=1)); kept.append(c); size //= 2
+    bottom = c
     for level, m in reversed(list(enumerate(mult))):
         for _ in range(blocks + 1): up.append(stage(c + kept.pop(), channels*m)); c = channels*m
         if level: up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1))); size *= 2
-    return nn.ModuleList(down), nn.ModuleList(up)
+    return nn.ModuleList(down), nn.ModuleList(up), nn.ModuleList([block(bottom, bottom), Attention(bottom), block(bottom, bottom)])
 
+def _through(net, x, e):
+    "x (B, C·patch², H/patch, W/patch) down, through the middle and up again."
+    def run(layers, h):
+        for layer in layers: h = layer(h, e)
+        return h
+    kept = [net.first(x.contiguous(memory_format=torch.channels_last))]
+    for part in net.down: kept.append(run(part, kept[-1]) if isinstance(part, nn.ModuleList) else part(kept[-1]))
+    h = run(net.middle, kept[-1])
+    for part in net.up: h = run(part, torch.cat([h, kept.pop()], 1)) if isinstance(part, nn.ModuleList) else part(h)
+    return net.last(h)
+
+# %% ../nbs/04_models.ipynb #04-26
 def _check_shape(shape, mult, patch):
     if len(shape) != 3: raise ValueError(f"a UNet needs images of shape (C, H, W), got samples of shape {tuple(shape)}")
     unit = patch * 2**(len(mult) - 1)
@@ -128,7 +141,14 @@ def _check_shape(shape, mult, patch):
         raise ValueError(f"images are {shape[1]}×{shape[2]}, but a UNet with {len(mult)} levels and patch={patch} needs height and width to be multiples of {unit}: "
                          "pad or resize them, or take fewer levels (mult)")
 
-# %% ../nbs/04_models.ipynb #04-25
+def _embedded(net, x, t, label):
+    "Time and label of each image as one vector (B, E)."
+    if x.shape[1:] != net.shape: raise ValueError(f"x must be of shape (B, {', '.join(map(str, net.shape))}), got {tuple(x.shape)}")
+    if (label is None) == hasattr(net, "label"): raise ValueError("label must be given to a network with classes, and to no other")
+    e = net.time(_sinusoid(torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x)), net.channels))
+    return F.silu(e if label is None else e + net.label(label))
+
+# %% ../nbs/04_models.ipynb #04-27
 class UNet(nn.Module):
     "A velocity field v(x, t) for images (Dhariwal and Nichol 2021)."
     def __init__(self,
@@ -148,9 +168,7 @@ class UNet(nn.Module):
         self.time = nn.Sequential(nn.Linear(channels, e), nn.SiLU(), nn.Linear(e, e))
         if classes: self.label = nn.Embedding(classes, e)
         self.first = nn.Conv2d(shape[0]*patch**2, channels, 3, padding=1)
-        self.down, self.up = _stages(channels, mult, blocks, shape[1]//patch, attention, block)
-        c = channels*mult[-1]
-        self.middle = nn.ModuleList([block(c, c), Attention(c), block(c, c)])
+        self.down, self.up, self.middle = _stages(channels, mult, blocks, shape[1]//patch, attention, block)
         self.last = nn.Sequential(_norm(channels*mult[0]), nn.SiLU(), _zero(nn.Conv2d(channels*mult[0], shape[0]*patch**2, 3, padding=1)))
         self.to(memory_format=torch.channels_last)
 
@@ -159,23 +177,10 @@ class UNet(nn.Module):
         t:Tensor,          # times in [0, 1], (B,) or a number
         label:Tensor=None, # (B,) int64, where the network was made with `classes`
     )->Tensor:             # velocities, like x
-        if x.shape[1:] != self.shape: raise ValueError(f"x must be of shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
-        if (label is None) == hasattr(self, "label"): raise ValueError("label must be given to a network with classes, and to no other")
-        e = self.time(_sinusoid(torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x)), self.channels))
-        e = F.silu(e if label is None else e + self.label(label))
-        return F.pixel_shuffle(self._through(F.pixel_unshuffle(x, self.patch), e), self.patch).to(x.dtype)
+        e = _embedded(self, x, t, label)
+        return F.pixel_shuffle(_through(self, F.pixel_unshuffle(x, self.patch), e), self.patch).to(x.dtype)
 
-    def _through(self, x, e):
-        def run(layers, h):
-            for layer in layers: h = layer(h, e)
-            return h
-        kept = [self.first(x.contiguous(memory_format=torch.channels_last))]
-        for part in self.down: kept.append(run(part, kept[-1]) if isinstance(part, nn.ModuleList) else part(kept[-1]))
-        h = run(self.middle, kept[-1])
-        for part in self.up: h = run(part, torch.cat([h, kept.pop()], 1)) if isinstance(part, nn.ModuleList) else part(h)
-        return self.last(h)
-
-# %% ../nbs/04_models.ipynb #04-33
+# %% ../nbs/04_models.ipynb #04-35
 class TimePredictor(nn.Module):
     "x_t -> t: at which time t in [0, 1] an interpolation (1 − t)·noise + t·image stands."
     def __init__(self,

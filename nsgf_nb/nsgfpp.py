@@ -86,8 +86,8 @@ def _check_images(data):
         raise ValueError(f"data must lie in [-1, 1], got values from {x.min():.4g} to {x.max():.4g}; bytes go in as x.float()/127.5 - 1")
 
 # %% ../nbs/06_nsgfpp.ipynb #06-19
-class NSGFPlusPlus:
-    "NSGF++ (Algorithm 3): `NSGFPlusPlus().fit(images).sample(n)`."
+class _ThreeParts:
+    "The Sinkhorn flow, the predictor and the straight flow, and how they are trained."
     def __init__(self,
         sinkhorn:NSGFConfig=NSGFConfig(**_IMAGES, steps=5, reach=.2, blur=1., pool_size=2**15, pool_mb=2048),  # (a) the Sinkhorn flow
         predictor:TrainConfig=TrainConfig(**_IMAGES | dict(channels=16, train_steps=1000)),                   # (b) the clock
@@ -114,6 +114,9 @@ class NSGFPlusPlus:
             getattr(self, name).fit(data, progress=progress, checkpoint=None if folder is None else Path(folder)/f"{name}.checkpoint")
         return self
 
+# %% ../nbs/06_nsgfpp.ipynb #06-20
+class _TwoPhases(_ThreeParts):
+    "The three parts, and how they make a sample."
     def sample(self,
         n:int=None,             # number of images; that of x0 where x0 is given
         seed:int=0,             # of the noise
@@ -132,6 +135,9 @@ class NSGFPlusPlus:
         y, nfe = torch.cat([way, y[1:]]) if trajectory else y, nfe + 1 + more
         return (y, nfe) if return_nfe else y
 
+# %% ../nbs/06_nsgfpp.ipynb #06-21
+class NSGFPlusPlus(_TwoPhases):
+    "NSGF++ (Algorithm 3): `NSGFPlusPlus().fit(images).sample(n)`."
     def save(self,
         path,    # file to write; its configuration goes beside it, as path.json
         **notes, # more for that text, such as the command that made it

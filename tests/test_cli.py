@@ -187,8 +187,8 @@ def test_python_m_is_the_command():
 # ---- what does not
 
 def test_a_users_own_model_is_sampled_and_measured_from_its_own_source(nsgf, mine, monkeypatch):
-    starts, euler = [], matching.euler
-    monkeypatch.setattr(matching, "euler", lambda net, x, *args: starts.append(x) or euler(net, x, *args))
+    starts, integrate = [], matching.integrate
+    monkeypatch.setattr(matching, "integrate", lambda net, x, *args, **kw: starts.append(x) or integrate(net, x, *args, **kw))
     assert nsgf("sample", mine, "-n", 50)[0] == 0
     assert nsgf("sample", mine, "-n", 50, "--target", "moons")[0] == 0
     nsgf("evaluate", mine, "--target", "moons")
