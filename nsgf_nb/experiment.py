@@ -14,7 +14,7 @@ from torch import Tensor
 import nsgf_nb
 from .data import TARGETS, load_images, sample_2d, show_paths, source_2d
 from .files import made_with, shipped, writable_folder, write_json
-from .image_experiment import IMAGE_EXPERIMENTS, load_model, run_images, sample_images, save_sheet
+from .image_experiment import IMAGE_EXPERIMENTS, load_model, measure_images, report_images, run_images, sample_images, save_sheet
 from .matching import NSGF, NSGFConfig, find_device
 from .metrics import Estimate, floor, ratio, sw2, w2
 from .nsgfpp import PARTS
@@ -209,8 +209,18 @@ def _sample(args):
     with out.open("wb") as f: numpy.save(f, x.cpu().numpy())
     print(f"wrote {out}: {args.n:,} samples of shape {tuple(x.shape[1:])}, float32")
 
+def _evaluate_images(args, model):
+    beside = Path(args.path).parent/"result.json"
+    name = json.loads(beside.read_text()).get("experiment") if beside.is_file() else args.path
+    if name not in IMAGE_EXPERIMENTS: raise ValueError(f"what {args.path} was trained on is not known: no result.json of nsgf train beside it, and no weights of that name come with the package")
+    e = IMAGE_EXPERIMENTS[name]
+    print(f"{args.path} against {e.data}: sampling and measuring …", flush=True)
+    print(report_images(dict(measured=measure_images(e, model, load_images(e.data), args.seed))))
+
 def _evaluate(args):
-    model, target = NSGF.load(args.path, args.device), _target_of(args.path, args.target)
+    model = load_model(args.path, args.device)
+    if not isinstance(model, NSGF): return _evaluate_images(args, model)
+    target = _target_of(args.path, args.target)
     if target is None: raise ValueError(f"what {args.path} was trained on is not known (no result.json beside it): name it with --target")
     sample_2d(target, 1)                                     # an unknown name ends here
     e = EXPERIMENTS[f"2d-{target}"]

@@ -278,7 +278,7 @@ def test_ctrl_c_anywhere_is_exit_code_one(nsgf, monkeypatch, where):
 
 def test_a_machine_without_git(nsgf, monkeypatch):
     def absent(*args, **kw): raise FileNotFoundError(2, "No such file or directory", "git")
-    monkeypatch.setattr(experiment.subprocess, "run", absent)
+    monkeypatch.setattr("nsgf_nb.files.subprocess.run", absent)
     assert nsgf("train", "2d-moons")[0] == 0
     assert json.loads(Path("runs/2d-moons/seed0/result.json").read_text())["made_with"]["commit"] is None
 
