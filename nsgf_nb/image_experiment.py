@@ -27,7 +27,7 @@ class ImageExperiment:
     net: dict                   # settings of network and training that all methods share
     train_steps: int            # of the networks that carry images, together
     method: str = "nsgf++"      # or "fm", "ot-cfm"
-    share: float = .25          # NSGF++: part of the training steps that its Sinkhorn flow gets
+    share: float = .1           # NSGF++: part of the training steps that its Sinkhorn flow gets
     reach: float = .2           # NSGF++: how far that flow goes, in 5 Euler steps
     samples: int = 5000         # images in each set that is compared
     draws: int = 1              # sets of them
@@ -48,7 +48,7 @@ class ImageExperiment:
 _SMALL = dict(channels=32, mult=(1, 2), batch_size=64, lr=1e-3, clip=1.)
 _ON_GPU = dict(lr=2e-4, ema=.9999, clip=1., bf16=True, compile=True)
 _DATA = {
-    "digits": ImageExperiment("digits", _SMALL, 3000, samples=749, draws=5),
+    "digits": ImageExperiment("digits", _SMALL, 6000, samples=749, draws=5),
     "mnist": ImageExperiment("mnist", _SMALL | dict(patch=2), 8000),
     "mnist-paper": ImageExperiment("mnist", _ON_GPU | dict(channels=32, mult=(1, 2, 2), batch_size=256), 100_000, samples=30_000),
     "cifar10": ImageExperiment("cifar10", _ON_GPU | dict(channels=128, mult=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=.1, batch_size=128, flip=True), 400_000, samples=50_000),

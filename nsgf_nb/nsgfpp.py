@@ -6,12 +6,13 @@
 __all__ = ['StraightConfig', 'StraightFlow', 'PhasePredictor', 'NSGFPlusPlus']
 
 # %% ../nbs/06_nsgfpp.ipynb #06-05
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 import torch
 from torch import Tensor
 from .files import load_tensors, save_tensors, shipped
-from .matching import NSGF, NSGFConfig, TrainConfig, VelocityModel, _Batches, _Learned, _pack, _unpack, find_device
+from torch.utils.data import Dataset, IterableDataset
+from .matching import NSGF, NSGFConfig, TrainConfig, VelocityModel, _Batches, _Learned, _pack, _seeded, _stack, _unpack, as_sampler
 from .models import TimePredictor
 from .sinkhorn import cost, potentials
 
@@ -76,14 +77,14 @@ class PhasePredictor(_Learned):
 # %% ../nbs/06_nsgfpp.ipynb #06-18
 PARTS = "sinkhorn", "predictor", "straight"
 
-def _check_images(data):
-    "Refuse what are no images in [−1, 1]."
-    x = data if isinstance(data, Tensor) else data[0] if hasattr(data, "__getitem__") else data(2)
-    if isinstance(x, (tuple, list)): x = x[0]
-    shape = tuple(x.shape) if isinstance(data, Tensor) or not hasattr(data, "__getitem__") else (1, *x.shape)
-    if len(shape) != 4: raise ValueError(f"data must be images (N, C, H, W), got shape {shape}")
-    if x.is_floating_point() and x.abs().max() > 1.001:
+def _images(data, seed):
+    "`data`, a Dataset as one tensor, if it is images in [−1, 1]."
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset): data = _stack("data", data)
+    with _seeded(seed): x = data if isinstance(data, Tensor) else as_sampler(data, torch.Generator())(2)
+    if x.ndim != 4: raise ValueError(f"data must be images (N, C, H, W), got shape {tuple(x.shape)}")
+    if x.is_floating_point() and x.numel() and x.abs().max() > 1.001:
         raise ValueError(f"data must lie in [-1, 1], got values from {x.min():.4g} to {x.max():.4g}; bytes go in as x.float()/127.5 - 1")
+    return data
 
 # %% ../nbs/06_nsgfpp.ipynb #06-19
 class _ThreeParts:
@@ -108,7 +109,7 @@ class _ThreeParts:
         progress:bool=True, # show bars, and lines with the times
     ):                      # the model itself
         "Train the three parts, one after the other; in parallel where processes share a `folder` and each names its part."
-        _check_images(data)
+        data = _images(data, self.sinkhorn.config.seed)
         for name in ([parts] if isinstance(parts, str) else parts):
             if name not in PARTS: raise ValueError(f"parts must be among {', '.join(PARTS)}, got {name!r}")
             getattr(self, name).fit(data, progress=progress, checkpoint=None if folder is None else Path(folder)/f"{name}.checkpoint")

@@ -42,7 +42,7 @@ def test_velocities_are_like_images(shape, settings):
     assert (net(x, .2) - net(-x, .2)).abs().max() > 1e-3          # … and the image
 
 
-@pytest.mark.parametrize("settings", (dict(channels=6), dict(channels=18, mult=(1,)), dict(channels=34, mult=(1,)), dict(channels=8, mult=(1, 9))), ids=str)
+@pytest.mark.parametrize("settings", (dict(channels=6), dict(channels=18, mult=(1,)), dict(channels=34, mult=(1,))), ids=str)
 @pytest.mark.xfail(strict=True, reason="GroupNorm: the number of groups does not divide that of the channels, as for 18 = 6 + 12")
 def test_any_even_number_of_channels(settings): UNet((1, 8, 8), **{**SMALL, **settings})(images(2, 1, 8, 8), .5)
 
@@ -221,7 +221,7 @@ def unfit(monkeypatch, how, error):
     monkeypatch.setattr(torch, "compile", at_once if how == "at once" else lambda net: Broken(error))
 
 
-DEFECTS = dict(strict=True, raises=(RuntimeError, IndexError), reason="torch.compile itself may raise, as on a Python too new for it; errors may have no message")
+DEFECTS = dict(strict=True, reason="torch.compile itself may raise, as on a Python too new for it; errors may have no message")
 
 
 @pytest.mark.parametrize("how, error", (
