@@ -6,7 +6,7 @@
 __all__ = ['euler', 'integrate', 'particle_flow', 'TrajectoryPool']
 
 # %% ../nbs/02_flow.ipynb #02-04
-import time
+import math, time
 import torch
 from torch import Tensor
 from .sinkhorn import _in_a_slice, check_points, velocity
@@ -37,13 +37,14 @@ def _step(v, x, t, dt, method):
     if method == "midpoint": return x + h*v(x + h/2*k, t + dt/2)
     return x + h/2*(k + v(x + h*k, t + dt))
 
-def _fixed(v, x, t, n, method):
+def _fixed(v, x, t, n, method, stretch):
     "All states on the way from t (B,) to 1 in n (B,) steps each."
-    xs, dt = [x], (1 - t)/n
+    xs = [x]
     for k in range(int(n.max())):
         rows = (n > k).nonzero()[:, 0]
-        if len(rows) == len(x): x = _step(v, x, t + k*dt, dt, method)
-        else: x = x.index_copy(0, rows, _step(v, x[rows], t[rows] + k*dt[rows], dt[rows], method))
+        now, then = (t[rows] + (1 - t[rows])*(i/n[rows])**stretch for i in (k, k + 1))
+        if len(rows) == len(x): x = _step(v, x, now, then - now, method)
+        else: x = x.index_copy(0, rows, _step(v, x[rows], now, then - now, method))
         xs.append(x)
     return xs
 
@@ -68,12 +69,14 @@ def integrate(
     steps:int=10,          # equal steps of each sample from its own start to 1
     method:str="euler",    # "euler", "midpoint", "heun", or "dopri5" with `tol` in place of steps
     step_size:float=None,  # widest step ω, in place of steps
+    stretch:float=1.,      # step ends at the parts (k/n)^stretch of the way: above 1 the steps grow
     tol:float=1e-3,        # relative and absolute, of "dopri5"
     trajectory:bool=False, # return all states instead of the last?
 )->tuple:                  # the states at t = 1 (B, *shape), or all (steps+1, B, *shape), and the calls of v for each sample (B,)
     "Integrate dx/dt = v(x, t) from each sample's own time to 1, and count the calls of v (NFE)."
     if steps < 1: raise ValueError(f"steps must be at least 1, got {steps}")
     if method not in (*_CALLS, "dopri5"): raise ValueError(f"method must be one of {', '.join(_CALLS)}, dopri5, got {method!r}")
+    if not 0 < stretch < math.inf: raise ValueError(f"stretch must be a positive number, got {stretch}")
     if step_size is not None and not 0 < step_size <= 1: raise ValueError(f"step_size must lie in (0, 1], got {step_size}")
     t = torch.as_tensor(start, dtype=x.dtype, device=x.device).expand(len(x))
     if not ((t >= 0) & (t <= 1)).all(): raise ValueError(f"start must lie in [0, 1], got {t.min():.3g} to {t.max():.3g}")
@@ -81,7 +84,7 @@ def integrate(
     if method == "dopri5":
         xs, calls = _adaptive(v, x, t, tol)
         nfe = torch.full_like(n, calls)
-    else: xs, nfe = _fixed(v, x, t, n, method), n*_CALLS[method]
+    else: xs, nfe = _fixed(v, x, t, n, method, stretch), n*_CALLS[method]
     return torch.stack(xs) if trajectory else xs[-1], nfe
 
 # %% ../nbs/02_flow.ipynb #02-18

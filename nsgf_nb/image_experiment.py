@@ -63,14 +63,15 @@ def sample_images(
     n:int,          # number of images
     nfe:int=None,   # network calls per image; the model's own number of steps where None
     seed:int=0,     # of the noise
+    **settings,     # more for the model's own `sample`, such as stretch
 )->Tensor:          # (n, C, H, W), clamped to [-1, 1], on the CPU
     "Samples of an image model at a given number of network calls."
-    if nfe is None: x = model.sample(n, seed=seed)
+    if nfe is None: x = model.sample(n, seed=seed, **settings)
     elif isinstance(model, NSGFPlusPlus):
         if nfe < 3: raise ValueError(f"nfe must be at least 3 for NSGF++ (a Sinkhorn step, the predictor, a straight step), got {nfe}")
         first = min(model.sinkhorn.config.steps, nfe//2)
-        x = model.sample(n, seed, steps=nfe - 1 - first, sinkhorn_steps=first)
-    else: x = model.sample(n, nfe, seed)
+        x = model.sample(n, seed, steps=nfe - 1 - first, sinkhorn_steps=first, **settings)
+    else: x = model.sample(n, nfe, seed, **settings)
     return x.clamp(-1, 1).cpu()
 
 # %% ../nbs/09_image_experiment.ipynb #09-12
@@ -91,28 +92,33 @@ def _summary(values, floors=None):
     return dict(values=list(values), mean=m.mean, se=m.se) | ({} if r is None else dict(ratio=r.mean, ratio_se=r.se))
 
 # %% ../nbs/09_image_experiment.ipynb #09-13
+def _quality(e, model, data, pairs, floors, net, seed, nfe, **settings):
+    "All that is measured of samples at one price."
+    start = time.perf_counter()
+    x = [sample_images(model, e.samples, nfe, 1_000_000 + 1000*seed + i, **settings) for i in range(e.draws)]
+    seconds, histogram = time.perf_counter() - start, sum(class_histogram(u, net) for u in x)
+    precision, recall = precision_recall(x[0][:2000], pairs[0][0][:2000], net.features)
+    return dict(frechet=_summary([frechet_distance(u, a, net.features) for u, (a, _) in zip(x, pairs)], floors),
+        precision=precision, recall=recall, histogram=histogram.tolist(), confident=histogram.sum().item()/(e.samples*e.draws),
+        nearest=_nearest(x[0][:500], data)[0].mean().item(), images_per_second=e.samples*e.draws/seconds)
+
+# %% ../nbs/09_image_experiment.ipynb #09-14
 def measure_images(
     e:ImageExperiment,   # the protocol
     model,               # trained
     data:Tensor,         # its training images (N, C, H, W)
     seed:int=0,          # of the samples
-)->dict:                 # {"floor": …, "nfe": {"10": {"frechet": …, "precision", "recall", "confident", "histogram", "nearest"}, …}}
+)->dict:                 # {"floor": …, "real": …, "nfe": {"10": {"frechet": …, "precision", "recall", "confident", "histogram", "nearest"}, …}}
     "Quality of a model's samples at each NFE of the protocol, on the shipped classifier's features."
-    net = Classifier.from_pretrained(e.data)
-    pairs = list(_halves(data, e.samples, max(e.draws, 3)))
-    floors, found = [frechet_distance(b, a, net.features) for a, b in pairs], {}
-    for nfe in e.nfe:
-        start = time.perf_counter()
-        x = [sample_images(model, e.samples, nfe, 1_000_000 + 1000*seed + i) for i in range(e.draws)]
-        seconds, histogram = time.perf_counter() - start, sum(class_histogram(u, net) for u in x)
-        precision, recall = precision_recall(x[0][:2000], pairs[0][0][:2000], net.features)
-        found[str(nfe)] = dict(frechet=_summary([frechet_distance(u, a, net.features) for u, (a, _) in zip(x, pairs)], floors),
-            precision=precision, recall=recall, histogram=histogram.tolist(), confident=histogram.sum().item()/(e.samples*e.draws),
-            nearest=_nearest(x[0][:500], data)[0].mean().item(), images_per_second=e.samples*e.draws/seconds)
+    net, pairs = Classifier.from_pretrained(e.data), list(_halves(data, e.samples, max(e.draws, 3)))
+    floors = [frechet_distance(b, a, net.features) for a, b in pairs]
+    rest = e, model, data, pairs, floors, net, seed
+    found = dict(nfe={str(nfe): _quality(*rest, nfe) for nfe in e.nfe})
+    if isinstance(model, StraightFlow): found["quadratic"] = _quality(*rest, 10, stretch=2.)   # 10 NFE, on a grid that begins with small steps
     real = dict(zip(("precision", "recall"), precision_recall(pairs[0][1][:2000], pairs[0][0][:2000], net.features)))
-    return dict(features=f"classifier-{e.data}, test accuracy {net.about['test_accuracy']:.4f}", samples=e.samples, split="train", floor=_summary(floors), real=real, nfe=found)
+    return dict(features=f"classifier-{e.data}, test accuracy {net.about['test_accuracy']:.4f}", samples=e.samples, split="train", floor=_summary(floors), real=real, **found)
 
-# %% ../nbs/09_image_experiment.ipynb #09-15
+# %% ../nbs/09_image_experiment.ipynb #09-16
 def save_sheet(
     x:Tensor,        # images (n, C, H, W) in [-1, 1]
     path,            # picture file to write, .png
@@ -135,7 +141,7 @@ def _draw(e, model, data, folder, seed):
     way = model.sample(6, seed=seed, trajectory=True, **steps).cpu()
     save_sheet(way.transpose(0, 1).flatten(0, 1), folder/"way.png", f"{e.method}: from noise to images in nine steps", len(way), (6, 3.9))
 
-# %% ../nbs/09_image_experiment.ipynb #09-16
+# %% ../nbs/09_image_experiment.ipynb #09-17
 def load_model(
     path,         # a file that `save` wrote, or the name of weights that come with the package
     device=None,  # where to compute; a GPU if there is one
@@ -146,7 +152,7 @@ def load_model(
     if kind not in kinds: raise ValueError(f"{path} holds a model of type {kind!r}, none of {', '.join(kinds)}")
     return kinds[kind].load(path, device)
 
-# %% ../nbs/09_image_experiment.ipynb #09-18
+# %% ../nbs/09_image_experiment.ipynb #09-19
 def _quick(e):
     "The same experiment, small enough to see within seconds that everything works."
     net = e.net | dict(channels=8, batch_size=8, bf16=False, compile=False)
@@ -177,7 +183,7 @@ def _phases(model):
     return {name: dict(part.seconds, images_per_second=len(part.losses)*part.config.batch_size/part.seconds["training"], loss=part.losses[-200:].mean().item(),
                        parameters=sum(p.numel() for p in part.net.parameters())) for name, part in parts.items()}
 
-# %% ../nbs/09_image_experiment.ipynb #09-19
+# %% ../nbs/09_image_experiment.ipynb #09-20
 def report_images(
     r:dict,  # as in result.json; "phases" may be missing
 )->str:      # lines
@@ -191,7 +197,7 @@ def report_images(
     else: lines += [f"{k}: {v}" for k, v in m.items()]
     return "\n".join(lines)
 
-# %% ../nbs/09_image_experiment.ipynb #09-20
+# %% ../nbs/09_image_experiment.ipynb #09-21
 def run_images(
     name:str,            # of the experiment, for its folder and JSON
     e:ImageExperiment,   # what to do

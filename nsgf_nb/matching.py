@@ -464,6 +464,7 @@ class VelocityModel(_Learned):
         start=0.,               # … and at these times (n,)
         method:str="euler",     # as in `integrate`
         step_size:float=None,   # as in `integrate`
+        stretch:float=1.,       # as in `integrate`
         return_nfe:bool=False,  # return also the network calls of each sample (n,)?
     )->Tensor:                  # (n, *shape), or (steps+1, n, *shape), in the data's unit
         "Draw from the source and integrate the field to time 1 (Algorithm 2)."
@@ -471,7 +472,7 @@ class VelocityModel(_Learned):
         if x0 is not None and n not in (None, len(x0)): raise ValueError(f"n must be the number of rows of x0, {len(x0)}, or left out, got {n}")
         z = _start(self, n, seed) if x0 is None else c.to_model(_check_sample("x0", x0, c.shape))
         start, steps = torch.as_tensor(start, dtype=torch.float32, device=z.device).expand(len(z)), self.config.steps if steps is None else steps
-        parts = [integrate(net, u, t, steps, method, step_size, trajectory=trajectory) for u, t in zip(z.split(_rows(self)), start.split(_rows(self)))]
+        parts = [integrate(net, u, t, steps, method, step_size, stretch, trajectory=trajectory) for u, t in zip(z.split(_rows(self)), start.split(_rows(self)))]
         x, nfe = _together([x for x, _ in parts]) if trajectory else torch.cat([x for x, _ in parts]), torch.cat([n for _, n in parts])
         return (c.to_data(x), nfe) if return_nfe else c.to_data(x)
 

@@ -125,6 +125,7 @@ class _TwoPhases(_ThreeParts):
         sinkhorn_steps:int=None,# of the Sinkhorn flow; those of its config where None
         method:str="euler",     # of the straight flow, as in `integrate`
         step_size:float=None,   # of the straight flow, in place of steps
+        stretch:float=1.25,     # of the straight flow: above 1 its steps grow
         x0:Tensor=None,         # start from this noise (n, C, H, W)
         trajectory:bool=False,  # return all states instead of the last?
         return_nfe:bool=False,  # return also the network calls of each image (n,)?
@@ -132,7 +133,7 @@ class _TwoPhases(_ThreeParts):
         "Sinkhorn steps from noise, the time predicted for each image, the straight flow from there (Algorithm 3)."
         way, nfe = self.sinkhorn.sample(n, sinkhorn_steps, seed, trajectory, x0, return_nfe=True)
         x = way[-1] if trajectory else way
-        y, more = self.straight.sample(None, steps, seed, trajectory, x, self.predictor(x), method, step_size, True)
+        y, more = self.straight.sample(None, steps, seed, trajectory, x, self.predictor(x), method, step_size, stretch, True)
         y, nfe = torch.cat([way, y[1:]]) if trajectory else y, nfe + 1 + more
         return (y, nfe) if return_nfe else y
 

@@ -274,19 +274,25 @@ def fails(result, words):
 
 
 @pytest.mark.filterwarnings("ignore:.*points for .* features")
-def test_train_and_sample_by_command(nsgf):
+def test_train_by_command(nsgf):
     code, out, err = nsgf("train", "digits", "--quick", "--out", "tmp")
     assert code == 0 and not err and "wrote tmp/digits/seed0/" in out, (out, err)
+    assert type(load_model("tmp/digits/seed0/model.safetensors")) is NSGFPlusPlus
+    assert nsgf("train", "digits", "--quick", "--out", "tmp")[0] == 0                        # all is there already
+
+
+@pytest.mark.parametrize("beside", (False, pytest.param(True, marks=pytest.mark.xfail(strict=True, reason="the result.json of an image run names no 2D target, and is refused"))), ids=("alone", "where it was trained"))
+def test_sample_by_command(nsgf, both, beside):
     path = Path("tmp/digits/seed0/model.safetensors")
-    assert path.is_file()
+    both.save(path)
+    if beside: (path.parent/"result.json").write_text(json.dumps(dict(experiment="digits", protocol=dataclasses.asdict(E))))
     code, out, err = nsgf("sample", path, "-n", 9, "-o", "x.npy", "--nfe", 6, "--seed", 3)
+    assert code == 0 and not err, err
     x = np.load("x.npy", allow_pickle=False)
-    assert code == 0 and not err and x.shape == (9, 1, 8, 8) and x.dtype == np.float32 and abs(x).max() <= 1 and "wrote x.npy: 9 images of shape (1, 8, 8)" in out
+    assert x.shape == (9, 1, 8, 8) and x.dtype == np.float32 and abs(x).max() <= 1 and "wrote x.npy: 9 images of shape (1, 8, 8)" in out
     assert (x == sample_images(load_model(path), 9, 6, 3).numpy()).all()
     code, out, err = nsgf("sample", path, "-n", 9, "-o", "x.png")
     assert code == 0 and not err and Path("x.png").read_bytes().startswith(b"\x89PNG") and "wrote x.png" in out
-    code, out, err = nsgf("train", "digits", "--quick", "--out", "tmp")                      # all is there already
-    assert code == 0 and not err
 
 
 def test_commands_that_fail_say_why(nsgf, both, straight):

@@ -189,3 +189,36 @@ def test_starts_of_another_number_are_refused_by_name(start):
 @pytest.mark.xfail(strict=True, reason="steps=2.5 takes two steps without a word")
 def test_half_steps_are_refused():
     with pytest.raises((TypeError, ValueError), match="steps"): integrate(field, normal(3, 2), steps=2.5)
+
+
+# ---- stretched steps
+
+@each_method
+@pytest.mark.parametrize("stretch", (.5, 1., 2.5))
+def test_stretched_steps_end_where_they_should(method, stretch):
+    v, x, start = Counted(), normal(3, 2), torch.tensor([0., .4, 1.], dtype=torch.float64)
+    xs, nfe = integrate(v, v.start(x), start, 5, method, stretch=stretch, trajectory=True)
+    per = ORDER[method]
+    assert nfe.tolist() == [5*per]*3 and torch.equal(v.rows, nfe) and xs.shape == (6, 3, 3)
+    for k in range(5): assert_close(v.times[k*per], start + (1 - start)*(k/5)**stretch, rtol=1e-6, atol=1e-6)
+    assert max(t.max() for t in v.times) <= 1
+    errors = [(integrate(field, x, start, n, method, stretch=stretch)[0] - solution(x, start)).norm() for n in (200, 400)]
+    assert stretch < 1 or math.log2(errors[0]/errors[1]) == pytest.approx(ORDER[method], abs=.2)
+    assert errors[1] < .02
+
+
+def test_a_stretch_of_one_is_none():
+    x = normal(4, 2)
+    for kw in (dict(steps=7), dict(step_size=.13)): assert torch.equal(integrate(field, x, .2, **kw)[0], integrate(field, x, .2, stretch=1., **kw)[0])
+
+
+@pytest.mark.parametrize("stretch", (0., -1., math.nan, math.inf))
+def test_a_bad_stretch_is_refused_by_name(stretch):
+    with pytest.raises(ValueError, match="stretch must be a positive number, got"): integrate(field, normal(3, 2), stretch=stretch)
+
+
+def test_times_keep_the_precision_of_the_states():
+    "A third is no float32 where the states are float64."
+    times = []
+    integrate(lambda x, t: (times.append(t), x)[1], normal(2, 2), steps=3)
+    assert_close(torch.stack(times)[:, 0], torch.tensor([0., 1/3, 2/3], dtype=torch.float64), rtol=0, atol=1e-14)
