@@ -193,6 +193,7 @@ def _target_of(path, target):
     except (KeyError, TypeError, ValueError): raise ValueError(f"{beside} is no result of nsgf train: name the target with --target") from None
 
 def _sample_images(args, model, out):
+    if args.steps: raise ValueError("--steps is for models of the plane: images take --nfe, the network calls of each")
     x = sample_images(model, args.n, args.nfe, args.seed)
     if out.suffix == ".npy":
         import numpy
@@ -201,14 +202,17 @@ def _sample_images(args, model, out):
     print(f"wrote {out}: {args.n:,} images of shape {tuple(x.shape[1:])}")
 
 def _sample(args):
-    model, target, out = load_model(args.path, args.device), _target_of(args.path, args.target), Path(args.output)
+    model, out = load_model(args.path, args.device), Path(args.output)
     if not isinstance(model, NSGF): return _sample_images(args, model, out)
+    if args.nfe or out.suffix != ".npy": raise ValueError(f"{args.path} is no model of images: it takes --steps in place of --nfe, and -o a .npy file, got {out}")
+    target = _target_of(args.path, args.target)
     if target: x = draw(target, model, args.n, args.seed, args.steps)
     else: x = model.sample(args.n, args.steps, args.seed)
     import numpy
     with out.open("wb") as f: numpy.save(f, x.cpu().numpy())
     print(f"wrote {out}: {args.n:,} samples of shape {tuple(x.shape[1:])}, float32")
 
+# %% ../nbs/10_experiment.ipynb #10-24
 def _evaluate_images(args, model):
     beside = Path(args.path).parent/"result.json"
     name = json.loads(beside.read_text()).get("experiment") if beside.is_file() else args.path
@@ -228,7 +232,7 @@ def _evaluate(args):
     floors = measure_floors(e)
     print(_report(dict(floors=floors, measured=measure(e, model, floors, args.seed))))
 
-# %% ../nbs/10_experiment.ipynb #10-24
+# %% ../nbs/10_experiment.ipynb #10-25
 def _bench(args):
     from nsgf_nb.speed import bench
     device, path = find_device(args.device), writable_folder(Path(args.out))/f"{args.what}.json"
@@ -236,18 +240,18 @@ def _bench(args):
     bench(path=path, device=str(device), quick=args.quick, made_with=made_with(device))
     print(f"wrote {path}")
 
-# %% ../nbs/10_experiment.ipynb #10-25
+# %% ../nbs/10_experiment.ipynb #10-26
 def _info(args):
     import matplotlib, ot, safetensors
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     rows = dict(nsgf_nb=f"{nsgf_nb.__version__}, in {Path(nsgf_nb.__file__).parent}", python=platform.python_version(), torch=torch.__version__,
         pot=ot.__version__, matplotlib=matplotlib.__version__, safetensors=safetensors.__version__,
         device=f"{find_device()} ({torch.get_num_threads()} threads)", gpus=", ".join(gpus) or "none",
-        data=os.environ.get("NSGF_NB_DATA", "NSGF_NB_DATA is not set; the 2D targets need no files"),
+        data=os.environ.get("NSGF_NB_DATA", "NSGF_NB_DATA is not set; the 2D targets and digits need no files"),
         weights=f"{Path('runs').resolve()}, or wherever --out pointed")
     for key, value in rows.items(): print(f"{key:12s}{value}")
 
-# %% ../nbs/10_experiment.ipynb #10-27
+# %% ../nbs/10_experiment.ipynb #10-28
 def _at_least_one(text):
     if not text.isdigit() or int(text) < 1: raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
@@ -261,7 +265,7 @@ def _add_train(verb):
     train.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each (default: 0)")
     return train
 
-# %% ../nbs/10_experiment.ipynb #10-28
+# %% ../nbs/10_experiment.ipynb #10-29
 def _parser():
     p = argparse.ArgumentParser(prog="nsgf", description="Neural Sinkhorn gradient flow: train, sample and measure.")
     verbs = p.add_subparsers(dest="verb", required=True, metavar="COMMAND")
@@ -289,7 +293,7 @@ def _parser():
     verb("info", _info, "versions, device, and where data and results are looked for")
     return p
 
-# %% ../nbs/10_experiment.ipynb #10-29
+# %% ../nbs/10_experiment.ipynb #10-30
 def main(
     argv:list=None, # the words after `nsgf`; those of the process where None
 )->int:             # 0, or 1 for a failure; a wrong call raises SystemExit(2)

@@ -17,7 +17,7 @@ def write_whole(
     "Replace a file in one go."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(path.name + ".tmp")
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     tmp.write_bytes(content)
     os.replace(tmp, path)
 
@@ -71,7 +71,7 @@ def writable_folder(
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        (path/".probe").touch(); (path/".probe").unlink()
+        (path/".probe").touch(); (path/".probe").unlink(missing_ok=True)
     except OSError as e: raise OSError(f"cannot write to the folder {path}: {e.strerror}") from None
     return path
 

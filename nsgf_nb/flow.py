@@ -42,7 +42,7 @@ def _fixed(v, x, t, n, method, stretch):
     xs = [x]
     for k in range(int(n.max())):
         rows = (n > k).nonzero()[:, 0]
-        now, then = (t[rows] + (1 - t[rows])*(i/n[rows])**stretch for i in (k, k + 1))
+        now, then = (t[rows] + (1 - t[rows])*(i/n[rows].to(t))**stretch for i in (k, k + 1))
         if len(rows) == len(x): x = _step(v, x, now, then - now, method)
         else: x = x.index_copy(0, rows, _step(v, x[rows], now, then - now, method))
         xs.append(x)
@@ -68,23 +68,26 @@ def integrate(
     start=0.,              # their times in [0, 1], (B,) or a number
     steps:int=10,          # equal steps of each sample from its own start to 1
     method:str="euler",    # "euler", "midpoint", "heun", or "dopri5" with `tol` in place of steps
-    step_size:float=None,  # widest step ω, in place of steps
+    step_size:float=None,  # widest step ω, in place of steps and stretch
     stretch:float=1.,      # step ends at the parts (k/n)^stretch of the way: above 1 the steps grow
     tol:float=1e-3,        # relative and absolute, of "dopri5"
     trajectory:bool=False, # return all states instead of the last?
 )->tuple:                  # the states at t = 1 (B, *shape), or all (steps+1, B, *shape), and the calls of v for each sample (B,)
     "Integrate dx/dt = v(x, t) from each sample's own time to 1, and count the calls of v (NFE)."
+    if not isinstance(steps, int): raise TypeError(f"steps must be an integer, got {steps!r}")
     if steps < 1: raise ValueError(f"steps must be at least 1, got {steps}")
     if method not in (*_CALLS, "dopri5"): raise ValueError(f"method must be one of {', '.join(_CALLS)}, dopri5, got {method!r}")
     if not 0 < stretch < math.inf: raise ValueError(f"stretch must be a positive number, got {stretch}")
     if step_size is not None and not 0 < step_size <= 1: raise ValueError(f"step_size must lie in (0, 1], got {step_size}")
-    t = torch.as_tensor(start, dtype=x.dtype, device=x.device).expand(len(x))
+    t = torch.as_tensor(start, dtype=x.dtype, device=x.device)
+    if t.ndim > 1 or t.numel() not in (1, len(x)): raise ValueError(f"start must be a number or {len(x)} of them, got shape {tuple(t.shape)}")
+    t = t.expand(len(x))
     if not ((t >= 0) & (t <= 1)).all(): raise ValueError(f"start must lie in [0, 1], got {t.min():.3g} to {t.max():.3g}")
     n = torch.full_like(t, steps, dtype=torch.long) if step_size is None else ((1 - t)/step_size - 1e-4).ceil().clamp(min=1).long()
     if method == "dopri5":
         xs, calls = _adaptive(v, x, t, tol)
         nfe = torch.full_like(n, calls)
-    else: xs, nfe = _fixed(v, x, t, n, method, stretch), n*_CALLS[method]
+    else: xs, nfe = _fixed(v, x, t, n, method, stretch if step_size is None else 1.), n*_CALLS[method]
     return torch.stack(xs) if trajectory else xs[-1], nfe
 
 # %% ../nbs/02_flow.ipynb #02-18

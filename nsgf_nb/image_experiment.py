@@ -40,7 +40,7 @@ class ImageExperiment:
             return StraightFlow(StraightConfig(**net, train_steps=self.train_steps, steps=max(self.nfe), coupling="ot" if self.method == "ot-cfm" else "independent"), device)
         first = round(self.share*self.train_steps)
         return NSGFPlusPlus(
-            NSGFConfig(**net, train_steps=first, steps=5, reach=self.reach, blur=1., pool_size=2**16, pool_mb=4096),
+            NSGFConfig(**net, train_steps=first, steps=5, reach=self.reach, blur=1., pool_size=max(1, min(2**16, 8*first*net["batch_size"])), pool_mb=4096),
             TrainConfig(**net | dict(channels=16, train_steps=max(1, self.train_steps//10))),
             StraightConfig(**net, train_steps=self.train_steps - first, steps=4, coupling="ot"), device)
 
@@ -89,7 +89,8 @@ def _halves(data, n, draws):
 def _summary(values, floors=None):
     m = Estimate.of(values)
     r = None if floors is None else ratio(values, floors)
-    return dict(values=list(values), mean=m.mean, se=m.se) | ({} if r is None else dict(ratio=r.mean, ratio_se=r.se))
+    found = dict(values=list(values), mean=m.mean, se=m.se) | ({} if r is None else dict(ratio=r.mean, ratio_se=r.se))
+    return {k: None if v != v else v for k, v in found.items()}     # of one value there is no standard error, and JSON knows no NaN
 
 # %% ../nbs/09_image_experiment.ipynb #09-13
 def _quality(e, model, data, pairs, floors, net, seed, nfe, **settings):
@@ -147,7 +148,7 @@ def load_model(
     device=None,  # where to compute; a GPU if there is one
 ):                # NSGF, StraightFlow or NSGFPlusPlus
     "A model of whatever kind the file says."
-    if str(path).isidentifier() and not Path(path).exists(): path = shipped(str(path))
+    if str(path).isidentifier() and not Path(path).is_file(): path = shipped(str(path))
     kinds, kind = {c.__name__: c for c in (NSGF, StraightFlow, NSGFPlusPlus)}, load_tensors(path)[1].get("model")
     if kind not in kinds: raise ValueError(f"{path} holds a model of type {kind!r}, none of {', '.join(kinds)}")
     return kinds[kind].load(path, device)
@@ -171,8 +172,9 @@ def _measured(e, model, data, seed):
     "What `measure_images` says, or FID and IS where no classifier was shipped; a measurement that fails costs no training."
     try:
         if e.data in ("digits", "mnist"): return measure_images(e, model, data, seed)
-        x = [sample_images(model, min(e.samples, len(data)), nfe, 1_000_000 + 1000*seed) for nfe in e.nfe]
-        return {str(nfe): inception_scores(u, data, progress=False)._asdict() for nfe, u in zip(e.nfe, x)}
+        device, n = (model.straight if isinstance(model, NSGFPlusPlus) else model).device, min(e.samples, len(data))
+        x = [sample_images(model, n, nfe, 1_000_000 + 1000*seed) for nfe in e.nfe]
+        return {str(nfe): inception_scores(u.to(device), data.to(device), progress=False)._asdict() for nfe, u in zip(e.nfe, x)}
     except (RuntimeError, ValueError, OSError, ImportError) as error:
         warnings.warn(f"not measured: {error}", stacklevel=3)
         return dict(not_measured=str(error))
@@ -218,11 +220,11 @@ def run_images(
     _train(model, data, folder, PARTS, False)                   # takes up what other processes have trained
     command = f"nsgf train {name} --seeds {seed}{' --quick' if quick else ''}"
     model.save(folder/"model.safetensors", command=command)
-    _draw(e, model, data, folder, seed)
     trained, measured = time.perf_counter(), _measured(e, model, data, seed)
     result = dict(experiment=name, seed=seed, command=command, protocol=asdict(e),
         made_with=made_with(model.straight.device if isinstance(model, NSGFPlusPlus) else model.device), training_images=len(data), phases=_phases(model),
         measured=measured, seconds=dict(measuring=time.perf_counter() - trained))
     write_json(folder/"result.json", result)
+    _draw(e, model, data, folder, seed)
     if progress: print(report_images(result)); print(f"wrote {folder}/: sheet.png (the picture), model.safetensors (the weights), result.json (the numbers)")
     return result

@@ -48,12 +48,14 @@ def _watch(i, loss, bar):
     bar.set_postfix(loss=f"{value:.4f}", refresh=False)
 
 # %% ../nbs/05_matching.ipynb #05-11
-def _compiled(net, x, t):
+def _compiled(net, x, t, bf16):
     "torch.compile(net) where it runs, forth and back; else net itself, with a warning."
-    fast = torch.compile(net)
-    try: fast(x, t).square().mean().backward()
+    try:
+        fast = torch.compile(net)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16): found = fast(x, t)
+        found.float().square().mean().backward()
     except Exception as e:                                     # of many kinds: a compiler may be missing, too old, or at a loss
-        warnings.warn(f"torch.compile does not work here, training goes on without it: {str(e).strip().splitlines()[0]}", stacklevel=3)
+        warnings.warn(f"torch.compile does not work here, training goes on without it: {(str(e).strip() or type(e).__name__).splitlines()[0]}", stacklevel=3)
         return net
     return fast
 
@@ -84,7 +86,10 @@ def _save_run(run, path, seconds):
 
 def _steps_done(path):
     "How many steps the run of a checkpoint has behind it."
-    return len(load_tensors(path)[0]["losses"]) if path and Path(path).exists() else 0
+    if not (path and Path(path).exists()): return 0
+    tensors, about = load_tensors(path)
+    if about.get("model") != "checkpoint": raise ValueError(f"{path} is no checkpoint of a training run")
+    return len(tensors["losses"])
 
 # %% ../nbs/05_matching.ipynb #05-13
 def _load_run(run, path):
@@ -95,8 +100,10 @@ def _load_run(run, path):
     if other: raise ValueError(f"{path} is a checkpoint of another run, with {'; '.join(other)}: name another file, or remove it")
     def part(name): return {k[len(name) + 1:]: t for k, t in tensors.items() if k.startswith(name + ".")}
     run.net.load_state_dict(part("net")); run.average.load_state_dict(part("average"))
-    state = {}
-    for k, t in part("adam").items(): state.setdefault(int(k.split(".")[0]), {})[k.split(".")[1]] = t
+    state, weights = {}, list(run.net.parameters())
+    for k, t in part("adam").items():
+        i, what = k.split(".")
+        state.setdefault(int(i), {})[what] = torch.empty_like(weights[int(i)]).copy_(t) if t.ndim else t  # laid out as the weights are: a fused step takes that for granted
     run.opt.load_state_dict(dict(state=state, param_groups=run.opt.state_dict()["param_groups"]))
     if hasattr(run.batches, "load_state_dict"): run.batches.load_state_dict(part("batches"))
     torch.set_rng_state(tensors["rng"])
@@ -121,7 +128,7 @@ def fit(
 )->Fitted:                 # the averaged network and the losses
     "Minimise E‖net(x, t) − target‖², the mean over all entries (Algorithm 1)."
     run = _Run(net, batches, json.loads(json.dumps(dict(settings or {}, steps=steps, lr=lr, ema=ema, clip=clip, bf16=bf16))), {} if phases is None else phases)
-    if compile: run.fast = _compiled(net, *next(batches)[:2])
+    if compile and _steps_done(checkpoint) < steps: run.fast = _compiled(net, *next(batches)[:2], bf16)
     if checkpoint and Path(checkpoint).exists(): _load_run(run, checkpoint)
     bar = tqdm(range(len(run.losses), steps), initial=len(run.losses), total=steps, desc="training", disable=not progress, mininterval=.5)
     start, interrupted = time.perf_counter() - run.seconds, False
@@ -284,7 +291,7 @@ class _Coordinates:
 def _build_pool(c, coordinates, draw_x, draw_y, device, progress):
     "The pool of the config `c`, from samplers of source and target in the model's coordinates."
     most = c.pool_mb*2**18 // ((c.flow_steps + 1)*math.prod(coordinates.shape))      # floats of four bytes
-    group = max(1, 4096 // c.minibatch)                                               # minibatches solved per call
+    group = max(1, min(4096, c.pool_size, most) // c.minibatch)                                               # minibatches solved per call
     calls = max(1, min(c.pool_size, most) // (group*c.minibatch))
     blur = c.blur if c.blur_unit == "std" else c.blur/coordinates.scale.item()
     etas = [1/(c.flow_steps/c.reach - k) for k in range(c.flow_steps)]
@@ -313,6 +320,7 @@ def _check_tensors(tensors, about, c):
 
 def _unpack(cls, tensors, about, device, path):
     "The model that `_pack` packed; `ValueError` where tensors and text do not make one."
+    if not isinstance(about, dict): raise ValueError(f"{path} does not describe a whole {cls.__name__}")
     if about.get("model") != cls.__name__: raise ValueError(f"{path} holds a model of type {about.get('model')!r}, not {cls.__name__!r}")
     try:
         model = cls(cls.Config(**about["config"]), device=device)
@@ -355,6 +363,7 @@ def _samplers(model, data, source):
     decks = [d for d in deals if isinstance(d, _Deck)]
     for d in decks: d.x = d.x.to(device)
     k = _Coordinates.of(deals[0](2**14), device)
+    if c.flip and len(k.shape) != 3: raise ValueError(f"flip is for images (n, C, H, W), got samples of shape {k.shape}")
     def normal(n): return torch.randn(n, *k.shape, dtype=torch.float32, generator=on_device, device=device)
     def given(n): return k.to_model(_check_sample("source", deals[1](n), k.shape))
     def target(n): return k.to_model(_flipped(deals[0](n), generator) if c.flip else deals[0](n))
@@ -366,7 +375,7 @@ def _fit(model, data, source, progress, checkpoint):
     net = model._network(k.shape).to(model.device, torch.float32)
     model.seconds = {}
     batches = iter(()) if _steps_done(checkpoint) == c.train_steps else model._batches(k, draw_x, draw_y, sources, progress)
-    settings = dict(model=type(model).__name__, data=f"{k.shape}, scale {k.scale:.6g}", **dataclasses.asdict(c))
+    settings = dict(model=type(model).__name__, data=f"{k.shape}, mean {k.mean.mean():.4g}, scale {k.scale:.6g}", source="normal" if source is None else "given", **dataclasses.asdict(c))
     fitted = fit(net, batches, c.train_steps, c.lr, c.ema, progress, c.clip, c.bf16, c.compile, checkpoint, settings=settings, phases=model.seconds)
     model.coordinates, model.source, model.given = k, "normal" if source is None else "given", source
     model.net, model.losses, model.seconds["training"] = fitted.net.requires_grad_(False).eval(), fitted.losses, fitted.seconds
@@ -389,7 +398,7 @@ class _Model:
         **settings,              # single settings, in place of those of `config`
     ):
         config = self.Config() if config is None else config
-        if not isinstance(config, self.Config): raise TypeError(f"config must be a {self.Config.__name__}, got {type(config).__name__}")
+        if type(config) is not self.Config: raise TypeError(f"config must be a {self.Config.__name__}, got {type(config).__name__}")
         self.config, self.device = _replace(config, settings, type(self).__name__), find_device(device)
 
     def _fitted(self):

@@ -54,7 +54,7 @@ class MLP(nn.Module):
         return self.layers(torch.cat([self.embed_x(x.flatten(1)), self.embed_t(t[:, None])], 1)).view_as(x)
 
 # %% ../nbs/04_models.ipynb #04-16
-def _norm(channels): return nn.GroupNorm(math.gcd(32, max(1, channels//4)), channels)
+def _norm(channels): return nn.GroupNorm(math.gcd(32, channels, max(1, channels//4)), channels)
 
 def _zero(layer):
     "The same layer, with weights that make it silent at first."
@@ -63,7 +63,7 @@ def _zero(layer):
 
 def _sinusoid(t, width):
     "t (B,) as sines and cosines (B, width), of periods from 1/160 to about 60 (Vaswani et al. 2017, on a clock of 1000)."
-    omega = 1000 * torch.exp(torch.arange(width//2, device=t.device) * (-math.log(1e4)/(width//2)))
+    omega = 1000 * torch.exp(torch.arange(width//2, dtype=t.dtype, device=t.device) * (-math.log(1e4)/(width//2)))
     a = t[:, None]*omega
     return torch.cat([a.sin(), a.cos()], 1)
 
@@ -134,8 +134,9 @@ def _through(net, x, e):
     return net.last(h)
 
 # %% ../nbs/04_models.ipynb #04-26
-def _check_shape(shape, mult, patch):
+def _check_shape(shape, mult, patch, channels):
     if len(shape) != 3: raise ValueError(f"a UNet needs images of shape (C, H, W), got samples of shape {tuple(shape)}")
+    if channels < 2 or channels % 2: raise ValueError(f"channels must be an even number of at least 2, got {channels}")
     unit = patch * 2**(len(mult) - 1)
     if shape[1] % unit or shape[2] % unit:
         raise ValueError(f"images are {shape[1]}×{shape[2]}, but a UNet with {len(mult)} levels and patch={patch} needs height and width to be multiples of {unit}: "
@@ -145,7 +146,7 @@ def _embedded(net, x, t, label):
     "Time and label of each image as one vector (B, E)."
     if x.shape[1:] != net.shape: raise ValueError(f"x must be of shape (B, {', '.join(map(str, net.shape))}), got {tuple(x.shape)}")
     if (label is None) == hasattr(net, "label"): raise ValueError("label must be given to a network with classes, and to no other")
-    e = net.time(_sinusoid(torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x)), net.channels))
+    e = net.time(_sinusoid(torch.as_tensor(t, dtype=net.first.weight.dtype, device=x.device).expand(len(x)), net.channels))
     return F.silu(e if label is None else e + net.label(label))
 
 # %% ../nbs/04_models.ipynb #04-27
@@ -162,7 +163,7 @@ class UNet(nn.Module):
         classes:int=0,            # of an optional label
     ):
         super().__init__()
-        _check_shape(shape, mult, patch)
+        _check_shape(shape, mult, patch, channels)
         self.shape, self.channels, self.patch, e = tuple(shape), channels, patch, 4*channels
         def block(i, o): return ResBlock(i, o, e, dropout)
         self.time = nn.Sequential(nn.Linear(channels, e), nn.SiLU(), nn.Linear(e, e))
@@ -188,7 +189,7 @@ class TimePredictor(nn.Module):
         channels:int=16,         # of the first layer; doubled at each halving, up to fourfold
     ):
         super().__init__()
-        _check_shape(shape, (1,), 1)
+        _check_shape(shape, (1,), 1, channels)
         self.shape, widths = tuple(shape), [channels]
         for _ in range(max(0, math.ceil(math.log2(max(shape[1:])/4)))): widths.append(min(2*widths[-1], 4*channels))
         halvings = [m for i, o in zip(widths, widths[1:]) for m in (nn.Conv2d(i, o, 3, stride=2, padding=1), _norm(o), nn.SiLU())]

@@ -96,7 +96,10 @@ class _ThreeParts:
         device=None,   # where to compute; a GPU if there is one
         **settings,    # single settings, for all parts that have one of that name
     ):
-        configs, known = (sinkhorn, predictor, straight), {f.name for c in (sinkhorn, predictor, straight) for f in fields(c)}
+        configs = sinkhorn, predictor, straight
+        for c, cls in zip(configs, (NSGF, PhasePredictor, StraightFlow)):
+            if type(c) is not cls.Config: raise TypeError(f"config must be a {cls.Config.__name__}, got {type(c).__name__}")
+        known = {f.name for c in (sinkhorn, predictor, straight) for f in fields(c)}
         for name in settings:
             if name not in known: raise TypeError(f"{name!r} is no setting of NSGF++; known are {', '.join(sorted(known))}")
         own = [{k: v for k, v in settings.items() if hasattr(c, k)} for c in configs]
@@ -109,9 +112,10 @@ class _ThreeParts:
         progress:bool=True, # show bars, and lines with the times
     ):                      # the model itself
         "Train the three parts, one after the other; in parallel where processes share a `folder` and each names its part."
-        data = _images(data, self.sinkhorn.config.seed)
-        for name in ([parts] if isinstance(parts, str) else parts):
+        data, parts = _images(data, self.sinkhorn.config.seed), [parts] if isinstance(parts, str) else list(parts)
+        for name in parts:
             if name not in PARTS: raise ValueError(f"parts must be among {', '.join(PARTS)}, got {name!r}")
+        for name in parts:
             getattr(self, name).fit(data, progress=progress, checkpoint=None if folder is None else Path(folder)/f"{name}.checkpoint")
         return self
 

@@ -257,14 +257,14 @@ def test_nfe_follows_each_images_own_time(model):
     assert ((1 - tau)/n <= .01001).all() and ((1 - tau) > .00999*(n - 1)).all() and len(set(nfe.tolist())) > 1
 
 
-def test_it_is_algorithm_3(model):
+@pytest.mark.parametrize("stretch", (1., 2.))
+def test_it_is_algorithm_3(model, stretch):
     x = x0 = normal(6, 1, 8, 8)
     for k in range(3): x = x + model.sinkhorn(x, k/3)/3
-    t = tau = model.predictor(x)
-    for k in range(4):
-        w = (1 - tau).view(-1, 1, 1, 1)/4
-        x, t = x + w*model.straight(x, t), t + w.flatten()
-    assert_close(model.sample(x0=x0, steps=4), x, atol=1e-4, rtol=1e-4)
+    tau = model.predictor(x)
+    t = [tau + (1 - tau)*(k/4)**stretch for k in range(5)]
+    for now, then in zip(t, t[1:]): x = x + (then - now).view(-1, 1, 1, 1)*model.straight(x, now)
+    assert_close(model.sample(x0=x0, steps=4, stretch=stretch), x, atol=1e-4, rtol=1e-4)
     assert_close(model.sample(6, seed=3), model.sample(x0=model.sinkhorn.coordinates.to_data(normal(6, 1, 8, 8, seed=3))), atol=1e-4, rtol=1e-4)
 
 
