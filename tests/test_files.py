@@ -160,7 +160,6 @@ def test_a_folder_that_is_for_reading_only(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=f"^cannot write to the folder {tmp_path}: Permission denied$"): writable_folder(tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="the probe has one name for all processes: the second to remove it fails")
 def test_a_folder_that_another_process_probes_at_the_same_time(tmp_path, monkeypatch):
     inner = Path.unlink
     def raced(self, *args, **kw):
@@ -170,7 +169,6 @@ def test_a_folder_that_another_process_probes_at_the_same_time(tmp_path, monkeyp
     assert writable_folder(tmp_path) == tmp_path
 
 
-@pytest.mark.xfail(strict=True, reason="the unfinished file has one name for all processes: the second to replace by it fails, or publishes the other's half")
 def test_two_processes_that_write_the_same_file_use_unfinished_files_of_their_own(tmp_path, monkeypatch):
     seen, inner = [], os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (seen.append(str(a)), inner(a, b)))

@@ -180,13 +180,11 @@ def test_bad_arguments_are_refused_by_name(kw, words):
     with pytest.raises(ValueError, match=words): integrate(field, normal(3, 2), **kw)
 
 
-@pytest.mark.xfail(strict=True, reason="torch's own words, which do not name `start`")
 @pytest.mark.parametrize("start", (torch.zeros(2), torch.zeros(3, 1), torch.zeros(4)), ids=lambda t: str(tuple(t.shape)))
 def test_starts_of_another_number_are_refused_by_name(start):
     with pytest.raises(ValueError, match="start"): integrate(field, normal(3, 2), start)
 
 
-@pytest.mark.xfail(strict=True, reason="steps=2.5 takes two steps without a word")
 def test_half_steps_are_refused():
     with pytest.raises((TypeError, ValueError), match="steps"): integrate(field, normal(3, 2), steps=2.5)
 
@@ -217,7 +215,6 @@ def test_a_bad_stretch_is_refused_by_name(stretch):
     with pytest.raises(ValueError, match="stretch must be a positive number, got"): integrate(field, normal(3, 2), stretch=stretch)
 
 
-@pytest.mark.xfail(strict=True, reason="k/n of whole numbers is float32, whatever the states are")
 def test_times_keep_the_precision_of_the_states():
     "A third is no float32 where the states are float64."
     times = []

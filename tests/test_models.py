@@ -43,11 +43,9 @@ def test_velocities_are_like_images(shape, settings):
 
 
 @pytest.mark.parametrize("settings", (dict(channels=6), dict(channels=18, mult=(1,)), dict(channels=34, mult=(1,))), ids=str)
-@pytest.mark.xfail(strict=True, reason="GroupNorm: the number of groups does not divide that of the channels, as for 18 = 6 + 12")
 def test_any_even_number_of_channels(settings): UNet((1, 8, 8), **{**SMALL, **settings})(images(2, 1, 8, 8), .5)
 
 
-@pytest.mark.xfail(strict=True, reason="the embedding of the time has one entry less than the layer that takes it; found at the first call only")
 def test_an_odd_number_of_channels_works_or_is_refused_by_name():
     try: net = UNet((1, 8, 8), channels=5, mult=(1,))
     except ValueError as e: assert "channels" in str(e)
@@ -151,7 +149,6 @@ def test_dropout_is_for_training_only():
     assert not torch.equal(net.train()(x, .5), net(x, .5))
 
 
-@pytest.mark.xfail(strict=True, reason="the frequencies of the time take torch's default dtype")
 def test_float32_networks_work_whatever_torchs_default():
     net, before = UNet((1, 8, 8), **SMALL), torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -159,7 +156,6 @@ def test_float32_networks_work_whatever_torchs_default():
     finally: torch.set_default_dtype(before)
 
 
-@pytest.mark.xfail(strict=True, reason="the embedding of the time is float32, whatever the network's weights are")
 def test_a_network_in_float64():
     net = UNet((1, 8, 8), **SMALL).double()
     assert net(images(2, 1, 8, 8).double(), .5).dtype == torch.float64
@@ -221,13 +217,12 @@ def unfit(monkeypatch, how, error):
     monkeypatch.setattr(torch, "compile", at_once if how == "at once" else lambda net: Broken(error))
 
 
-DEFECTS = dict(strict=True, reason="torch.compile itself may raise, as on a Python too new for it; errors may have no message")
 
 
 @pytest.mark.parametrize("how, error", (
     ("when run", RuntimeError("no compiler here\nand more")),
-    pytest.param("when run", AssertionError(), marks=pytest.mark.xfail(**DEFECTS)),
-    pytest.param("at once", RuntimeError("torch.compile is not supported on Python 3.99+"), marks=pytest.mark.xfail(**DEFECTS)),
+    pytest.param("when run", AssertionError()),
+    pytest.param("at once", RuntimeError("torch.compile is not supported on Python 3.99+")),
 ), ids=("when run", "without a message", "at once"))
 def test_training_goes_on_where_torch_compile_fails(monkeypatch, how, error):
     unfit(monkeypatch, how, error)
@@ -253,7 +248,6 @@ def test_a_compiled_network_is_trained(monkeypatch):
     assert not isinstance(done.net, Fast) and done.net.state_dict().keys() == net.state_dict().keys()
 
 
-@pytest.mark.xfail(strict=True, raises=StopIteration, reason="a finished training has no batch to compile with")
 def test_a_finished_training_is_taken_up_with_compile(monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "compile", lambda net: net)
     kw = dict(progress=False, compile=True, checkpoint=tmp_path/"c")
@@ -289,7 +283,6 @@ def test_clip_bounds_the_gradient(monkeypatch):
     assert len(norms) == 3 and max(norms) < .5001
 
 
-@pytest.mark.xfail(strict=True, reason="Adam's moments come back in another memory layout than the channels-last weights, which the fused step takes for granted: it mixes them up")
 def test_moments_come_back_in_the_layout_of_the_weights(tmp_path):
     kw = dict(progress=False, checkpoint=tmp_path/"c")
     fit(UNet((1, 8, 8), **SMALL), batches(), 3, **kw)
