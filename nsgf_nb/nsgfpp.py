@@ -129,7 +129,7 @@ class _TwoPhases(_ThreeParts):
         sinkhorn_steps:int=None,# of the Sinkhorn flow; those of its config where None
         method:str="euler",     # of the straight flow, as in `integrate`
         step_size:float=None,   # of the straight flow, in place of steps
-        stretch:float=1.25,     # of the straight flow: above 1 its steps grow
+        stretch:float=2.,       # of the straight flow: above 1 its steps grow
         x0:Tensor=None,         # start from this noise (n, C, H, W)
         trajectory:bool=False,  # return all states instead of the last?
         return_nfe:bool=False,  # return also the network calls of each image (n,)?
