@@ -49,7 +49,7 @@ class ImageExperiment:
 _SMALL = dict(channels=32, mult=(1, 2), batch_size=64, lr=1e-3, clip=1.)
 _ON_GPU = dict(lr=2e-4, ema=.9999, clip=1., bf16=True, compile=True)
 _DATA = {
-    "digits": ImageExperiment("digits", _SMALL, 6000, share=.1, faster=1., samples=749, draws=5),
+    "digits": ImageExperiment("digits", _SMALL, 6000, samples=749, draws=5),
     "mnist": ImageExperiment("mnist", _SMALL | dict(patch=2), 8000),
     "mnist-paper": ImageExperiment("mnist", _ON_GPU | dict(channels=32, mult=(1, 2, 2), batch_size=256), 100_000, samples=30_000),
     "cifar10": ImageExperiment("cifar10", _ON_GPU | dict(channels=128, mult=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=.1, batch_size=128, flip=True), 400_000, samples=50_000),
