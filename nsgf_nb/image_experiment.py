@@ -135,13 +135,13 @@ def save_sheet(
     ax.figure.savefig(path)
 
 def _draw(e, model, data, folder, seed):
-    "sheet.png: samples; way.png: the states of six at 10 NFE; nearest.png: ten samples over the training images nearest to them."
+    "sheet.png: samples; way.png: the states of three at 10 NFE; nearest.png: ten samples over the training images nearest to them."
     x = sample_images(model, 64, seed=seed)
     save_sheet(x, folder/"sheet.png", f"{e.method} on {e.data}")
     save_sheet(torch.cat([x[:10], data[_nearest(x[:10], data)[1]]]), folder/"nearest.png", f"{e.method}: samples, and the training images nearest to them", 10, (6, 1.6))
     steps = dict(steps=4, sinkhorn_steps=5) if isinstance(model, NSGFPlusPlus) else dict(steps=9)
-    way = model.sample(6, seed=seed, trajectory=True, **steps).cpu()
-    save_sheet(way.transpose(0, 1).flatten(0, 1), folder/"way.png", f"{e.method}: from noise to images in nine steps", len(way), (6, 3.9))
+    way = model.sample(3, seed=seed, trajectory=True, **steps).cpu()
+    save_sheet(way.transpose(0, 1).flatten(0, 1), folder/"way.png", f"{e.method}: from noise to images in nine steps", len(way), (6, 2.1))
 
 # %% ../nbs/09_image_experiment.ipynb #09-17
 def load_model(

@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 import torch
 from torch import Tensor
-from .files import load_tensors, save_tensors, shipped
 from torch.utils.data import Dataset, IterableDataset
+from .files import load_tensors, save_tensors, shipped
 from .matching import NSGF, NSGFConfig, TrainConfig, VelocityModel, _Batches, _Learned, _pack, _seeded, _stack, _unpack, as_sampler
 from .models import TimePredictor
 from .sinkhorn import cost, potentials
