@@ -41,7 +41,7 @@ class ImageExperiment:
             return StraightFlow(StraightConfig(**net, train_steps=self.train_steps, steps=max(self.nfe), coupling="ot" if self.method == "ot-cfm" else "independent"), device)
         first = round(self.share*self.train_steps)
         return NSGFPlusPlus(
-            NSGFConfig(**net | dict(lr=self.faster*net["lr"]), train_steps=first, steps=5, reach=self.reach, blur=1., pool_size=max(1, min(2**16, 8*first*net["batch_size"])), pool_mb=4096),
+            NSGFConfig(**net | dict(lr=self.faster*net.get("lr", TrainConfig.lr)), train_steps=first, steps=5, reach=self.reach, blur=1., pool_size=max(1, min(2**16, 8*first*net["batch_size"])), pool_mb=4096),
             TrainConfig(**net | dict(channels=16, train_steps=max(1, self.train_steps//10))),
             StraightConfig(**net, train_steps=self.train_steps - first, steps=4, coupling="ot"), device)
 

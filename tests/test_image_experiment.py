@@ -49,8 +49,9 @@ def test_experiments_are_whole():
         m = a.model(seed=3, device="cpu")
         assert m.sinkhorn.config.train_steps + m.straight.config.train_steps == a.train_steps and m.sinkhorn.config.steps <= 5
         assert {getattr(m, p).config.seed for p in PARTS} == {3}
-        for name in ("channels", "mult", "blocks", "attention", "batch_size", "lr", "patch", "flip"):
+        for name in ("channels", "mult", "blocks", "attention", "batch_size", "patch", "flip"):
             assert len({getattr(x, name) for x in (m.sinkhorn.config, m.straight.config, b.model(device="cpu").config)}) == 1
+        assert m.sinkhorn.config.lr == a.faster*m.straight.config.lr == a.faster*b.model(device="cpu").config.lr
         assert a.data.startswith("cifar") == m.straight.config.flip                          # flips for CIFAR-10 alone
     assert IMAGE_EXPERIMENTS["digits-ot-cfm"].model(device="cpu").config.coupling == "ot" and IMAGE_EXPERIMENTS["digits-fm"].model(device="cpu").config.coupling == "independent"
 
