@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 import nsgf_nb
 from .data import TARGETS, load_images, sample_2d, show_paths, source_2d
-from .files import made_with, shipped, writable_folder, write_json
+from .files import made_with, writable_folder, write_json
 from .image_experiment import IMAGE_EXPERIMENTS, load_model, measure_images, report_images, run_images, sample_images, save_sheet
+from .image_metrics import _SETTINGS, make_classifier
 from .matching import NSGF, NSGFConfig, find_device
 from .metrics import Estimate, floor, ratio, sw2, w2
 from .nsgfpp import PARTS
@@ -159,7 +160,6 @@ def _demo(args):
     _say_where(Path(args.out)/"demo"/f"seed{args.seed}")
 
 def _train_classifier(args):
-    from nsgf_nb.image_metrics import make_classifier
     name = args.name.removeprefix("classifier-")
     train, test = (load_images(name, split, labels=True) for split in ("train", "test"))
     for seed in args.seeds:
@@ -192,12 +192,14 @@ def _target_of(path, target):
     try: return json.loads(beside.read_text())["protocol"]["target"]
     except (KeyError, TypeError, ValueError): raise ValueError(f"{beside} is no result of nsgf train: name the target with --target") from None
 
+def _save_array(x, path):
+    import numpy
+    with path.open("wb") as f: numpy.save(f, x.cpu().numpy())
+
 def _sample_images(args, model, out):
     if args.steps: raise ValueError("--steps is for models of the plane: images take --nfe, the network calls of each")
     x = sample_images(model, args.n, args.nfe, args.seed)
-    if out.suffix == ".npy":
-        import numpy
-        with out.open("wb") as f: numpy.save(f, x.numpy())
+    if out.suffix == ".npy": _save_array(x, out)
     else: save_sheet(x, out)
     print(f"wrote {out}: {args.n:,} images of shape {tuple(x.shape[1:])}")
 
@@ -208,8 +210,7 @@ def _sample(args):
     target = _target_of(args.path, args.target)
     if target: x = draw(target, model, args.n, args.seed, args.steps)
     else: x = model.sample(args.n, args.steps, args.seed)
-    import numpy
-    with out.open("wb") as f: numpy.save(f, x.cpu().numpy())
+    _save_array(x, out)
     print(f"wrote {out}: {args.n:,} samples of shape {tuple(x.shape[1:])}, float32")
 
 # %% ../nbs/10_experiment.ipynb #10-24
@@ -257,7 +258,7 @@ def _at_least_one(text):
     return int(text)
 
 def _add_train(verb):
-    names = [*_GROUPS, *EXPERIMENTS, *IMAGE_EXPERIMENTS, *(f"classifier-{data}" for data in ("digits", "mnist", "cifar10"))]
+    names = [*_GROUPS, *EXPERIMENTS, *IMAGE_EXPERIMENTS, *(f"classifier-{data}" for data in _SETTINGS)]
     train = verb("train", _train_command, "run an experiment at full budget: " + ", ".join(names))
     train.add_argument("name", choices=names, metavar="NAME", help="the experiment; 2d and self-term stand for all of their kind")
     train.add_argument("--parts", nargs="+", choices=PARTS, metavar="PART", default=PARTS, help="of NSGF++, to train some only, or in parallel: " + ", ".join(PARTS))

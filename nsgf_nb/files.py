@@ -54,14 +54,17 @@ def load_tensors(
     return tensors, about
 
 # %% ../nbs/04b_files.ipynb #04b-13
+def _installed():
+    "The files that are installed with the package, by name."
+    return {p.stem: p for p in (Path(__file__).parent/"weights").glob("*.safetensors")}
+
 def shipped(
     name:str,   # such as "digits"
 )->Path:        # of a safetensors file
     "The weights of that name that are installed with the package; `ValueError` where there are none."
-    folder = Path(__file__).parent/"weights"
-    known = sorted(p.stem for p in folder.glob("*.safetensors"))
-    if name not in known: raise ValueError(f"no weights named {name!r} come with the package; known are {', '.join(known)}")
-    return folder/f"{name}.safetensors"
+    known = _installed()
+    if name not in known: raise ValueError(f"no weights named {name!r} come with the package; known are {', '.join(sorted(known))}")
+    return known[name]
 
 # %% ../nbs/04b_files.ipynb #04b-16
 def writable_folder(

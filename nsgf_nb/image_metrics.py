@@ -211,8 +211,9 @@ def class_histogram(
     "How many images are surely of each class."
     total = 0
     for b in _batches("x", x, batch_size):
-        p, best = classifier(b).softmax(1).max(1)
-        total = total + torch.bincount(best[p >= confidence], minlength=classifier(b[:1]).shape[1]).cpu()
+        logits = classifier(b)
+        p, best = logits.softmax(1).max(1)
+        total = total + torch.bincount(best[p >= confidence], minlength=logits.shape[1]).cpu()
     return total
 
 # %% ../nbs/07b_image_metrics.ipynb #07b-48

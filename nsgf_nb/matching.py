@@ -84,28 +84,32 @@ def _save_run(run, path, seconds):
     tensors |= {f"batches.{k}": t for k, t in getattr(run.batches, "state_dict", dict)().items()}
     save_tensors(path, tensors | dict(rng=torch.get_rng_state(), losses=torch.stack(run.losses)), dict(model="checkpoint", settings=run.c, seconds=run.seconds, phases=run.phases))
 
-def _steps_done(path):
-    "How many steps the run of a checkpoint has behind it."
-    if not (path and Path(path).exists()): return 0
+def _load_checkpoint(path):
     tensors, about = load_tensors(path)
     if about.get("model") != "checkpoint": raise ValueError(f"{path} is no checkpoint of a training run")
-    return len(tensors["losses"])
+    return tensors, about
+
+def _steps_done(path):
+    "How many steps the run of a checkpoint has behind it."
+    return len(_load_checkpoint(path)[0]["losses"]) if path and Path(path).exists() else 0
+
+def _below(name, tensors):
+    "Those tensors whose names begin with `name` and a dot, by the rest of their names."
+    return {k[len(name) + 1:]: t for k, t in tensors.items() if k.startswith(name + ".")}
 
 # %% ../nbs/05_matching.ipynb #05-13
 def _load_run(run, path):
-    tensors, about = load_tensors(path)
+    tensors, about = _load_checkpoint(path)
     theirs = about.get("settings", {})
-    if about.get("model") != "checkpoint": raise ValueError(f"{path} is no checkpoint of a training run")
     other = [f"{k}={theirs.get(k)!r}, not {v!r}" for k, v in run.c.items() if theirs.get(k) != v]
     if other: raise ValueError(f"{path} is a checkpoint of another run, with {'; '.join(other)}: name another file, or remove it")
-    def part(name): return {k[len(name) + 1:]: t for k, t in tensors.items() if k.startswith(name + ".")}
-    run.net.load_state_dict(part("net")); run.average.load_state_dict(part("average"))
+    run.net.load_state_dict(_below("net", tensors)); run.average.load_state_dict(_below("average", tensors))
     state, weights = {}, list(run.net.parameters())
-    for k, t in part("adam").items():
+    for k, t in _below("adam", tensors).items():
         i, what = k.split(".")
         state.setdefault(int(i), {})[what] = torch.empty_like(weights[int(i)]).copy_(t) if t.ndim else t  # laid out as the weights are: a fused step takes that for granted
     run.opt.load_state_dict(dict(state=state, param_groups=run.opt.state_dict()["param_groups"]))
-    if hasattr(run.batches, "load_state_dict"): run.batches.load_state_dict(part("batches"))
+    if hasattr(run.batches, "load_state_dict"): run.batches.load_state_dict(_below("batches", tensors))
     torch.set_rng_state(tensors["rng"])
     run.losses, run.seconds = list(tensors["losses"].to(run.device)), about["seconds"]
     run.phases.update(about["phases"])
@@ -151,9 +155,10 @@ def _check_sample(name, x, shape=None):
     if shape is not None and x.shape[1:] != shape: raise ValueError(f"{name} must be of shape (n, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
     return x
 
-def _stack(name, dataset):
-    "All samples of a map-style Dataset in one tensor; of a tuple, the first entry."
-    items = (dataset[i] for i in range(len(dataset)))
+def _stack(name, data):
+    "All samples of a map-style Dataset in one tensor, of a tuple the first entry; other data as they are."
+    if not isinstance(data, Dataset) or isinstance(data, IterableDataset): return data
+    items = (data[i] for i in range(len(data)))
     try: return torch.stack([torch.as_tensor(u[0] if isinstance(u, (tuple, list)) else u) for u in items])
     except (RuntimeError, TypeError, ValueError, KeyError) as e:
         raise ValueError(f"{name} must be a Dataset of at least 2 samples, tensors of one shape: {str(e).splitlines()[0]}") from None
@@ -176,8 +181,7 @@ def as_sampler(
     name:str="data",            # for the error messages
 ):                              # function n -> tensor (n, *shape), floating point
     "One way to draw from whatever the user has. Raises `TypeError` and `ValueError` by name."
-    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        data = _stack(name, data)
+    data = _stack(name, data)
     if isinstance(data, Tensor):
         data = _check_sample(name, data.detach())
         if len(data) < 2: raise ValueError(f"{name} must hold at least 2 samples, got 1")
@@ -326,7 +330,7 @@ def _unpack(cls, tensors, about, device, path):
         model = cls(cls.Config(**about["config"]), device=device)
         _check_tensors(tensors, about, model.config)
         with torch.device("meta"): net = model._network(tuple(about["shape"]))
-        net.load_state_dict({k[4:]: t for k, t in tensors.items() if k.startswith("net.")}, assign=True)
+        net.load_state_dict(_below("net", tensors), assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise ValueError(f"{path} does not describe a whole {cls.__name__}: {' '.join(str(e).split())}") from None
     model.net, model.source = net.to(model.device, memory_format=torch.channels_last).requires_grad_(False).eval(), about["source"]

@@ -27,6 +27,9 @@ class FourierFeatures(nn.Module):
         return torch.cat([x, p.sin(), p.cos()], 1)
 
 # %% ../nbs/04_models.ipynb #04-13
+def _check(x, shape):
+    if x.shape[1:] != shape: raise ValueError(f"x must be of shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
+
 class MLP(nn.Module):
     "A velocity field v(x, t) for samples of any shape."
     def __init__(self,
@@ -49,7 +52,7 @@ class MLP(nn.Module):
         x:Tensor, # samples (B, *shape)
         t:Tensor, # times in [0, 1], (B,) or a number
     )->Tensor:    # velocities, like x
-        if x.shape[1:] != self.shape: raise ValueError(f"x must be of shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
+        _check(x, self.shape)
         t = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x))
         return self.layers(torch.cat([self.embed_x(x.flatten(1)), self.embed_t(t[:, None])], 1)).view_as(x)
 
@@ -144,7 +147,7 @@ def _check_shape(shape, mult, patch, channels):
 
 def _embedded(net, x, t, label):
     "Time and label of each image as one vector (B, E)."
-    if x.shape[1:] != net.shape: raise ValueError(f"x must be of shape (B, {', '.join(map(str, net.shape))}), got {tuple(x.shape)}")
+    _check(x, net.shape)
     if (label is None) == hasattr(net, "label"): raise ValueError("label must be given to a network with classes, and to no other")
     e = net.time(_sinusoid(torch.as_tensor(t, dtype=net.first.weight.dtype, device=x.device).expand(len(x)), net.channels))
     return F.silu(e if label is None else e + net.label(label))
@@ -201,6 +204,6 @@ class TimePredictor(nn.Module):
         x:Tensor,      # images (B, C, H, W)
         t:Tensor=None, # not looked at: it is called as a field is
     )->Tensor:         # times (B,)
-        if x.shape[1:] != self.shape: raise ValueError(f"x must be of shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
+        _check(x, self.shape)
         h = self.layers(x.contiguous(memory_format=torch.channels_last))
         return self.last(h.mean((2, 3))).sigmoid()[:, 0]

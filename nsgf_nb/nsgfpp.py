@@ -10,9 +10,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
 from .files import load_tensors, save_tensors, shipped
-from .matching import NSGF, NSGFConfig, TrainConfig, VelocityModel, _Batches, _Learned, _pack, _seeded, _stack, _unpack, as_sampler
+from .matching import NSGF, NSGFConfig, TrainConfig, VelocityModel, _Batches, _below, _Learned, _pack, _seeded, _stack, _unpack, as_sampler
 from .models import TimePredictor
 from .sinkhorn import cost, potentials
 
@@ -38,7 +37,10 @@ def _partners(x, y, blur, generator):
     _, g = potentials(X, Y, blur, tol=1e-2)
     return torch.multinomial(((g - cost(X, Y))/blur**2).softmax(1), 1, generator=generator)[:, 0]
 
-def _between(x, y, t): return x + (y - x)*t.view(-1, *[1]*(x.ndim - 1))
+def _between(x, y, generator):
+    "States (1 − t)·x + t·y (B, *shape) at random times t (B,), and these."
+    t = torch.rand(len(x), dtype=torch.float32, generator=generator, device=x.device)
+    return x + (y - x)*t.view(-1, *[1]*(x.ndim - 1)), t
 
 # %% ../nbs/06_nsgfpp.ipynb #06-12
 class StraightFlow(VelocityModel):
@@ -50,8 +52,7 @@ class StraightFlow(VelocityModel):
         def draw():
             x, y = draw_x(c.batch_size), draw_y(c.batch_size)
             if c.coupling == "ot": y = y[_partners(x, y, c.coupling_blur, generator)]
-            t = torch.rand(c.batch_size, dtype=torch.float32, generator=generator, device=x.device)
-            return _between(x, y, t), t, y - x
+            return *_between(x, y, generator), y - x
         return _Batches(draw, *sources)
 
 # %% ../nbs/06_nsgfpp.ipynb #06-16
@@ -62,9 +63,8 @@ class PhasePredictor(_Learned):
     def _batches(self, k, draw_x, draw_y, sources, progress):
         n, generator = self.config.batch_size, sources[0]
         def draw():
-            x, y = draw_x(n), draw_y(n)
-            t = torch.rand(n, dtype=torch.float32, generator=generator, device=x.device)
-            return _between(x, y, t), t, t
+            x, t = _between(draw_x(n), draw_y(n), generator)
+            return x, t, t
         return _Batches(draw, *sources)
 
     def __call__(self,
@@ -75,11 +75,12 @@ class PhasePredictor(_Learned):
         with torch.no_grad(): return torch.cat([net(u) for u in self.coordinates.to_model(x).split(1024)])
 
 # %% ../nbs/06_nsgfpp.ipynb #06-18
-PARTS = "sinkhorn", "predictor", "straight"
+_KINDS = dict(sinkhorn=NSGF, predictor=PhasePredictor, straight=StraightFlow)
+PARTS = tuple(_KINDS)
 
 def _images(data, seed):
     "`data`, a Dataset as one tensor, if it is images in [−1, 1]."
-    if isinstance(data, Dataset) and not isinstance(data, IterableDataset): data = _stack("data", data)
+    data = _stack("data", data)
     with _seeded(seed): x = data if isinstance(data, Tensor) else as_sampler(data, torch.Generator())(2)
     if x.ndim != 4: raise ValueError(f"data must be images (N, C, H, W), got shape {tuple(x.shape)}")
     if x.is_floating_point() and x.numel() and x.abs().max() > 1.001:
@@ -97,13 +98,13 @@ class _ThreeParts:
         **settings,    # single settings, for all parts that have one of that name
     ):
         configs = sinkhorn, predictor, straight
-        for c, cls in zip(configs, (NSGF, PhasePredictor, StraightFlow)):
+        for c, cls in zip(configs, _KINDS.values()):
             if type(c) is not cls.Config: raise TypeError(f"config must be a {cls.Config.__name__}, got {type(c).__name__}")
-        known = {f.name for c in (sinkhorn, predictor, straight) for f in fields(c)}
+        known = {f.name for c in configs for f in fields(c)}
         for name in settings:
             if name not in known: raise TypeError(f"{name!r} is no setting of NSGF++; known are {', '.join(sorted(known))}")
         own = [{k: v for k, v in settings.items() if hasattr(c, k)} for c in configs]
-        self.sinkhorn, self.predictor, self.straight = (cls(c, device, **s) for cls, c, s in zip((NSGF, PhasePredictor, StraightFlow), configs, own))
+        self.sinkhorn, self.predictor, self.straight = (cls(c, device, **s) for cls, c, s in zip(_KINDS.values(), configs, own))
 
     def fit(self,
         data,               # images (N, C, H, W) in [-1, 1], a map-style Dataset of them, or a function n -> (n, C, H, W)
@@ -162,9 +163,7 @@ class NSGFPlusPlus(_TwoPhases):
         tensors, about = load_tensors(path)
         if about.get("model") != "NSGFPlusPlus": raise ValueError(f"{path} holds a model of type {about.get('model')!r}, not 'NSGFPlusPlus'")
         model = cls(device=device)
-        for name, kind in zip(PARTS, (NSGF, PhasePredictor, StraightFlow)):
-            own = {k[len(name) + 1:]: t for k, t in tensors.items() if k.startswith(name + ".")}
-            setattr(model, name, _unpack(kind, own, about.get(name) or {}, device, path))
+        for name, kind in _KINDS.items(): setattr(model, name, _unpack(kind, _below(name, tensors), about.get(name) or {}, device, path))
         return model
 
     @classmethod

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from .data import sample_2d
+from .files import write_json
 from .flow import particle_flow
 from .sinkhorn import cost, velocity
 
@@ -402,11 +403,6 @@ def _work(group, n, d, blur, b, methods, device, say):
     return dict(minibatches=minibatches, solved_by_peers=sub, points=points, left_out=left_out, products=products and minibatches*steps*products,
                 summary=_summary(points, b.target))
 
-def _write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
-
 # %% ../nbs/31_speed.ipynb #31-47
 def bench(
     b:Bench=None,         # what; all of it where None
@@ -429,7 +425,7 @@ def bench(
     def note():
         result["seconds"] = time.perf_counter() - start
         bar.update()
-        if path: _write(Path(path), result)
+        if path: write_json(path, result)
     for n, d, batch in sizes: result["growth"].append(growth(n, d, batch, device)); note()
     for group, (n, d, blur) in jobs:
         say(name := f"{group} {n}×{d}, blur {blur:g}")

@@ -5,17 +5,19 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import fails
 
 import nsgf_nb.experiment as experiment
 import nsgf_nb.matching as matching
 from nsgf_nb import NSGF
 from nsgf_nb.data import TARGETS
-from nsgf_nb.experiment import Experiment, main
+from nsgf_nb.experiment import Experiment
 from nsgf_nb.flow import TrajectoryPool
 from nsgf_nb.matching import NSGFConfig
 
@@ -38,23 +40,7 @@ def moments(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def nsgf(capsys):
-    "Run a command: exit code, what it printed, the lines of its complaint (bars and warnings of others aside)."
-    def call(*words):
-        capsys.readouterr()
-        try: code = main([str(w) for w in words])
-        except SystemExit as e: code = e.code
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err
-        return code, out, [line for line in err.splitlines() if line.startswith(("nsgf", "\t", " "))]
-    return call
-
-
-def fails(result, words, code=1):
-    "One sentence on stderr, that says so."
-    found, _, err = result
-    assert found == code and len(err) == 1, result
-    assert err[0].startswith("nsgf: ") and re.search(words, err[0]), err[0]
+def nsgf(command): return partial(command, ("nsgf", "\t", " "))
 
 
 def wrong(result, words):

@@ -3,17 +3,18 @@ import dataclasses
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import fails
 
 from nsgf_nb import NSGF, NSGFPlusPlus
 from nsgf_nb import image_experiment as ie
 from nsgf_nb import image_metrics
 from nsgf_nb.data import load_images
-from nsgf_nb.experiment import main
 from nsgf_nb.files import shipped
 from nsgf_nb.image_experiment import IMAGE_EXPERIMENTS, ImageExperiment, load_model, measure_images, run_images, sample_images, save_sheet
 from nsgf_nb.matching import NSGFConfig, TrainConfig
@@ -253,23 +254,10 @@ def test_cifar10_from_end_to_end_at_smoke_size(tmp_path, offline):
 # ---- the command
 
 @pytest.fixture
-def nsgf(capsys, monkeypatch, tmp_path):
-    "Run a command in an empty folder: exit code, what it printed, its complaint."
+def nsgf(command, monkeypatch, tmp_path):
+    "Run a command in an empty folder."
     monkeypatch.chdir(tmp_path)
-    def call(*words):
-        capsys.readouterr()
-        try: code = main([str(w) for w in words])
-        except SystemExit as e: code = e.code
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err
-        return code, out, [line for line in err.splitlines() if line.startswith("nsgf")]
-    return call
-
-
-def fails(result, words):
-    "Exit code 1, and one line that says why."
-    code, _, err = result
-    assert code == 1 and len(err) == 1 and re.search(f"^nsgf: .*{words}", err[0]), result
+    return partial(command, "nsgf")
 
 
 @pytest.mark.filterwarnings("ignore:.*points for .* features")

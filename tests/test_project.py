@@ -25,7 +25,7 @@ MAP = {
     "image_experiment": {"data", "files", "image_metrics", "matching", "metrics", "nsgfpp"},
     "metrics": {"sinkhorn"},
     "image_metrics": {"files", "metrics", "sinkhorn"},
-    "speed": {"data", "flow", "sinkhorn"},
+    "speed": {"data", "files", "flow", "sinkhorn"},
     "experiment": None,
 }
 HEAVY = "geomloss", "jax", "matplotlib", "ot", "ott", "scipy", "sklearn", "torch_fidelity", "torchdiffeq", "torchmetrics", "torchvision"
