@@ -442,6 +442,15 @@ class _Learned(_Model):
         with _seeded(self.config.seed): _fit(self, data, source, progress, checkpoint)
         return self
 
+    def batches(self,
+        data,                # as for fit
+        source=None,         # as for fit
+        progress:bool=False, # show bars of what is made beforehand, such as a pool
+    ):                       # iterator of (x (B, *shape), t (B,), target), in the model's coordinates
+        "What `fit` learns from, to look at, or to train a network of one's own with."
+        self.seconds = {}
+        with _seeded(self.config.seed): return self._batches(*_samplers(self, data, source), progress)
+
 # %% ../nbs/05_matching.ipynb #05-47
 def _start(model, n, seed):
     "n draws of the model's source, in its coordinates."

@@ -37,25 +37,36 @@ def _partners(x, y, blur, generator):
     _, g = potentials(X, Y, blur, tol=1e-2)
     return torch.multinomial(((g - cost(X, Y))/blur**2).softmax(1), 1, generator=generator)[:, 0]
 
-def _between(x, y, generator):
-    "States (1 − t)·x + t·y (B, *shape) at random times t (B,), and these."
-    t = torch.rand(len(x), dtype=torch.float32, generator=generator, device=x.device)
-    return x + (y - x)*t.view(-1, *[1]*(x.ndim - 1)), t
+def _times(x, generator):
+    "A random time for each row of x (B,)."
+    return torch.rand(len(x), dtype=torch.float32, generator=generator, device=x.device)
 
-# %% ../nbs/06_nsgfpp.ipynb #06-12
+def _line(x, y, t):
+    "(1 − t)·x + t·y (B, *shape) for t (B,), and its derivative in t."
+    return x + (y - x)*t.view(-1, *[1]*(x.ndim - 1)), y - x
+
+# %% ../nbs/06_nsgfpp.ipynb #06-13
 class StraightFlow(VelocityModel):
     "A flow along straight lines between noise and data: u(x_t, t) matches x_1 − x_0 (Lipman et al. 2023; with OT: Tong et al. 2024)."
-    Config = StraightConfig
+    Config, _path = StraightConfig, staticmethod(_line)
+
+    def _pairs(self, k, draw_x, draw_y, generator, progress):
+        c = self.config
+        def pairs(n):
+            x, y = draw_x(n), draw_y(n)
+            return x, y[_partners(x, y, c.coupling_blur, generator)] if c.coupling == "ot" else y
+        return pairs
 
     def _batches(self, k, draw_x, draw_y, sources, progress):
-        c, generator = self.config, sources[0]
+        pairs = self._pairs(k, draw_x, draw_y, sources[0], progress)
         def draw():
-            x, y = draw_x(c.batch_size), draw_y(c.batch_size)
-            if c.coupling == "ot": y = y[_partners(x, y, c.coupling_blur, generator)]
-            return *_between(x, y, generator), y - x
+            x, y = pairs(self.config.batch_size)
+            t = _times(x, sources[0])
+            x, target = self._path(x, y, t)
+            return x, t, target
         return _Batches(draw, *sources)
 
-# %% ../nbs/06_nsgfpp.ipynb #06-16
+# %% ../nbs/06_nsgfpp.ipynb #06-17
 class PhasePredictor(_Learned):
     "The time t of a state between noise and data, from the state alone (Algorithm 3, t_φ)."
     def _network(self, shape): return TimePredictor(shape, self.config.channels)
@@ -63,8 +74,9 @@ class PhasePredictor(_Learned):
     def _batches(self, k, draw_x, draw_y, sources, progress):
         n, generator = self.config.batch_size, sources[0]
         def draw():
-            x, t = _between(draw_x(n), draw_y(n), generator)
-            return x, t, t
+            x, y = draw_x(n), draw_y(n)
+            t = _times(x, generator)
+            return _line(x, y, t)[0], t, t
         return _Batches(draw, *sources)
 
     def __call__(self,
@@ -74,7 +86,7 @@ class PhasePredictor(_Learned):
         net = self._fitted()
         with torch.no_grad(): return torch.cat([net(u) for u in self.coordinates.to_model(x).split(1024)])
 
-# %% ../nbs/06_nsgfpp.ipynb #06-18
+# %% ../nbs/06_nsgfpp.ipynb #06-19
 _KINDS = dict(sinkhorn=NSGF, predictor=PhasePredictor, straight=StraightFlow)
 PARTS = tuple(_KINDS)
 
@@ -87,7 +99,7 @@ def _images(data, seed):
         raise ValueError(f"data must lie in [-1, 1], got values from {x.min():.4g} to {x.max():.4g}; bytes go in as x.float()/127.5 - 1")
     return data
 
-# %% ../nbs/06_nsgfpp.ipynb #06-19
+# %% ../nbs/06_nsgfpp.ipynb #06-20
 class _ThreeParts:
     "The Sinkhorn flow, the predictor and the straight flow, and how they are trained."
     def __init__(self,
@@ -120,7 +132,7 @@ class _ThreeParts:
             getattr(self, name).fit(data, progress=progress, checkpoint=None if folder is None else Path(folder)/f"{name}.checkpoint")
         return self
 
-# %% ../nbs/06_nsgfpp.ipynb #06-20
+# %% ../nbs/06_nsgfpp.ipynb #06-21
 class _TwoPhases(_ThreeParts):
     "The three parts, and how they make a sample."
     def sample(self,
@@ -142,7 +154,7 @@ class _TwoPhases(_ThreeParts):
         y, nfe = torch.cat([way, y[1:]]) if trajectory else y, nfe + 1 + more
         return (y, nfe) if return_nfe else y
 
-# %% ../nbs/06_nsgfpp.ipynb #06-21
+# %% ../nbs/06_nsgfpp.ipynb #06-22
 class NSGFPlusPlus(_TwoPhases):
     "NSGF++ (Algorithm 3): `NSGFPlusPlus().fit(images).sample(n)`."
     def save(self,

@@ -7,7 +7,7 @@ import pytest
 @pytest.fixture
 def command(capsys):
     "Run `nsgf` in process: exit code, what it printed, the lines of its complaint that begin with `starts` (bars and warnings of others aside)."
-    from nsgf_nb.experiment import main
+    from nsgf_nb.cli import main
     def call(starts, *words):
         capsys.readouterr()
         try: code = main([str(w) for w in words])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import nsgf_nb.speed as speed
-from nsgf_nb.experiment import main
+from nsgf_nb.cli import main
 from nsgf_nb.speed import METHODS, Bench, bench, clouds, curve, growth, peers, time_at
 from nsgf_nb.sinkhorn import velocity
 
