@@ -68,36 +68,34 @@ def _samples(c, target, data, seed):
     return sample_2d(target, c.fixed, 5_000_000 + seed) if data == "fixed" else fresh, source if target == "8gaussians-moons" else None
 
 # %% ../nbs/11_comparison.ipynb #11-13
-def _train(name, c, target, data, seed, device, progress, trained):
-    "The model of that name; `trained` holds those that are there already."
-    if name not in trained:
-        kind, own = METHODS[name]
-        samples, source = _samples(c, target, data, seed)
-        more = dict(teacher=_train(_BEFORE[name], c, target, data, seed, device, progress, trained)) if name in _BEFORE else {}
-        if kind is JKOFlow and source: more = dict(log_density=_log_density)
-        trained[name] = kind(**c.settings(kind) | own, seed=seed, device=device).fit(samples, source, progress=progress, **more)
-    return trained[name]
-
-def _seconds(model):
-    "All training time, that of the flows before it included."
-    before = getattr(model, "teacher", None)
-    return sum(model.seconds.values()) + (_seconds(before) if before else 0)
+def _train(name, c, target, data, seed, device, progress, folder):
+    "The trained model of that name: from its file in `folder`, or else made, and the file with it."
+    (kind, own), path = METHODS[name], folder/f"{name}.safetensors"
+    model = kind(**c.settings(kind) | own, seed=seed, device=device)
+    if path.exists():
+        there = kind.load(path, device)
+        if there.config == model.config: return there
+    samples, source = _samples(c, target, data, seed)
+    more = dict(teacher=_train(_BEFORE[name], c, target, data, seed, device, progress, folder)) if name in _BEFORE else {}
+    if kind is JKOFlow and source: more = dict(log_density=_log_density)
+    model.fit(samples, source, progress=progress, **more).save(path)
+    return model
 
 # %% ../nbs/11_comparison.ipynb #11-14
-def _row(c, target, model, floors, seed):
-    "What is written down of a trained model."
-    e = c.experiment(target)
+def _row(name, c, target, model, result, seed):
+    "What is written down of a model that was just trained."
+    e, before = c.experiment(target), result["methods"].get(_BEFORE.get(name), {}).get("seconds", 0)
     paths = draw(target, model, 100, 4_000_000 + seed, c.steps[0], trajectory=True)
-    return dict(config=_plain(model.config), seconds=_seconds(model), phases=model.seconds, measured=measure(e, model, floors, seed),
+    return dict(config=_plain(model.config), made_with=made_with(model.device), seconds=sum(model.seconds.values()) + before, phases=model.seconds, measured=measure(e, model, result["floors"], seed),
         w2_along_the_way=_along_the_way(e, model, 1, c.steps[0]), paths=[[[round(u, 2) for u in p] for p in x] for x in paths.tolist()] if seed == 0 else None)
 
 def _plain(config): return json.loads(json.dumps(dataclasses.asdict(config)))
 
-def _begun(path, c, target, data, seed, floors, device):
+def _begun(path, c, target, data, seed, floors):
     "The results so far, or none yet; those of another protocol are refused."
     if not path.exists():
         return dict(target=target, data=data, seed=seed, command=f"nsgf bench 2d --targets {target} --data {data} --seeds {seed}",
-                    protocol=_plain(c), floors=floors, made_with=made_with(device), methods={})
+                    protocol=_plain(c), floors=floors, methods={})
     result = json.loads(path.read_text())
     if result["protocol"] != _plain(c): raise ValueError(f"{path} was made by another protocol: choose another folder, or remove it")
     return result
@@ -118,13 +116,15 @@ def compare(
     for name in methods:
         if name not in METHODS: raise ValueError(f"methods must be among {', '.join(METHODS)}, got {name!r}")
     if data not in DATA: raise ValueError(f"data must be one of {', '.join(DATA)}, got {data!r}")
-    path, device, trained = writable_folder(Path(out)/data/target)/f"seed{seed}.json", find_device(device), {}
-    result = _begun(path, c, target, data, seed, floors or measure_floors(c.experiment(target)), device)
-    for name in methods:
-        if name in result["methods"]: continue
+    folder, device = writable_folder(Path(out)/data/target/f"seed{seed}"), find_device(device)
+    path = folder.with_suffix(".json")
+    result = _begun(path, c, target, data, seed, floors or measure_floors(c.experiment(target)))
+    for name in METHODS:
+        if name in result["methods"] or name not in methods: continue
         if progress: print(f"{target}, {data}, seed {seed}: {name}", flush=True)
-        model = _train(name, c, target, data, seed, device, progress, trained)
-        result["methods"][name] = _row(c, target, model, result["floors"], seed)
+        (folder/f"{name}.safetensors").unlink(missing_ok=True)          # of a stopped run: trained, but its times are lost
+        model = _train(name, c, target, data, seed, device, progress, folder)
+        result["methods"][name] = _row(name, c, target, model, result, seed)
         write_json(path, result)
     return result
 

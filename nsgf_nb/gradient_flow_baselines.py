@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EPTConfig', 'EPT', 'JKOFlowConfig', 'JKOFlow', 'SWFConfig', 'SlicedWassersteinFlow']
 
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-03
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-04
 import copy, math, time
 from dataclasses import dataclass
 import torch
@@ -13,10 +13,10 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
-from .matching import TrainConfig, VelocityModel, _Deck, _ema, _lr_factor, _samplers, _seeded, _watch
+from .matching import TrainConfig, VelocityModel, _check_sample, _check_setting, _Deck, _ema, _lr_factor, _samplers, _seeded, _watch
 from .models import FourierFeatures
 
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-04
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-07
 class _Chain(nn.Module):
     "Fields that take turns: each has the share 1/K of the time, and makes its whole move in it."
     def __init__(self, stages, shape): super().__init__(); self.stages, self.shape = nn.ModuleList(stages), tuple(shape)
@@ -32,92 +32,72 @@ class _Chain(nn.Module):
             v[rows] = K*self.stages[int(k)](z[rows], s[rows])
         return v.view_as(x)
 
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-05
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-10
 @dataclass(frozen=True)
 class _StagedConfig(TrainConfig):
-    steps: int = 100          # Euler steps of sampling
-    stages: int = 100         # steps K of the gradient flow, each with a field of its own
+    steps: int = 100  # Euler steps of sampling
+    stages: int = 100 # steps K of the gradient flow, each with a field of its own
 
     def __post_init__(self):
         super().__post_init__()
-        if self.channels: raise ValueError(f"channels must be 0, got {self.channels}: gradient-flow baselines are for points, not for images")
+        if self.channels: raise ValueError(f"channels must be 0, got {self.channels}: the gradient-flow baselines are for points, not for images")
+        if self.train_steps < self.stages: raise ValueError(f"train_steps must be at least 1 for each of {self.stages} stages, got {self.train_steps}")
 
-def _check_known(name, value, known):
-    if value not in known: raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-06
-class _Staged(VelocityModel):
-    "A model that learns its stages one after the other. A method says what a stage is, and how the chain learns, loss by loss."
-    def _network(self, shape): return _Chain([self._stage(math.prod(shape)) for _ in range(self.config.stages)], shape)
-
-    def fit(self,
-        data,               # tensor (N, *shape), map-style Dataset, or function n -> (n, *shape)
-        source=None,        # the same, for the source; N(0, I) in the model's coordinates where None
-        progress:bool=True, # show a bar, and a line with the time
-        checkpoint=None,    # not for this model
-    ):                      # the model itself
-        "Learn from `source` to `data`. After Ctrl-C the stages not yet reached stay at rest."
-        if checkpoint is not None: raise ValueError(f"checkpoint must be None, got {checkpoint!r}: {type(self).__name__} cannot go on from a file")
-        with _seeded(self.config.seed): _fit_stages(self, data, source, progress)
-        return self
-
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-07
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-11
 def _fit_stages(model, data, source, progress):
+    total, losses, interrupted = model.config.train_steps, [], False
     k, draw_x, draw_y, (_, generator, *_) = _samplers(model, data, source)
-    net, losses, interrupted, start = model._network(k.shape).to(model.device, torch.float32), [], False, time.perf_counter()
-    bar = tqdm(model._learn(net, k, lambda n: draw_x(n).flatten(1), lambda n: draw_y(n).flatten(1), generator), total=model._length, desc="training", disable=not progress, mininterval=.5)
+    net, start = model._network(k.shape).to(model.device, torch.float32), time.perf_counter()
+    learning = model._learn(net, k, *((lambda n, draw=draw: draw(n).flatten(1)) for draw in (draw_x, draw_y)), generator)
+    bar = tqdm(learning, total=total, desc="training", disable=not progress, mininterval=.5)
     try:
         for i, loss in enumerate(bar):
             losses.append(loss.detach())
             if i % 50 == 0: _watch(i, losses[-1], bar)
     except KeyboardInterrupt: interrupted = True
+    if losses: _watch(len(losses) - 1, losses[-1], bar)
     model.coordinates, model.source, model.given = k, "normal" if source is None else "given", source
-    model.net, model.losses, model.seconds = net.requires_grad_(False).eval(), torch.stack(losses).cpu() if losses else torch.zeros(0), dict(training=time.perf_counter() - start)
-    if len(losses): _watch(len(losses) - 1, losses[-1], bar)
+    model.losses, model.seconds = torch.stack(losses).cpu() if losses else torch.zeros(0), dict(training=time.perf_counter() - start)
+    model.net = net.requires_grad_(False).eval()
     if progress: tqdm.write(f"{type(model).__name__}: training {model.seconds['training']:.1f} s ({len(losses):,} steps)")
-    if interrupted: raise KeyboardInterrupt(f"stopped after {len(losses):,} of {model._length:,} steps; the model keeps the stages that it has learned")
+    if interrupted: raise KeyboardInterrupt(f"stopped after {len(losses):,} of {total:,} steps; the model keeps the stages that were finished")
 
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-08
-class _Optimised(_Staged):
-    "One whose stages are networks: `train_steps` is the number of optimiser steps of all together."
-    @property
-    def _length(self): return self.config.train_steps
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-12
+class _Staged(VelocityModel):
+    "A model that learns its stages one after the other. A method says what a stage is, and how the chain learns, loss by loss."
+    def _network(self, shape): return _Chain([self._stage(math.prod(shape)) for _ in range(self.config.stages)], shape)
 
-    def _steps(self, k):
-        "How many of them are stage k's."
+    def _share(self, k):
+        "How many of the optimiser steps are stage k's."
         c = self.config
         return (k + 1)*c.train_steps//c.stages - k*c.train_steps//c.stages
 
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-10
-@dataclass(frozen=True)
-class EPTConfig(_StagedConfig):
-    "Settings of an `EPT` run."
-    train_steps: int = 10000
-    batch_size: int = 512
-    lr: float = 1e-3
-    ema: float = .98
-    width: int = 96
-    depth: int = 3
-    divergence: str = "kl"
-    step: float = .02
-    last: float = .02
-    penalty: float = 1e-3
-    particles: int = 2**14
+    def fit(self,
+        data,               # tensor (N, *shape), map-style Dataset, or function n -> (n, *shape)
+        source=None,        # the same, for the source; N(0, I) in the model's coordinates where None
+        progress:bool=True, # show a bar, and a line with the time
+        checkpoint=None,    # must be None: these models cannot go on from a file
+    ):                      # the model itself
+        "Learn from `source` to `data`. After Ctrl-C the stages that were not finished stay at rest."
+        if checkpoint is not None: raise ValueError(f"checkpoint must be None, got {str(checkpoint)!r}: {type(self).__name__} cannot go on from a file")
+        with _seeded(self.config.seed): _fit_stages(self, data, source, progress)
+        return self
 
-    def __post_init__(self):
-        super().__post_init__()
-        _check_known("divergence", self.divergence, _SLOPES)
-
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-11
-_SLOPES = dict(kl=lambda d: d, js=F.logsigmoid, pearson=lambda d: 2*d.exp())
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-14
+_SLOPES = {                         # f'(r) with r = e^d, up to a constant
+    "kl": lambda d: d,              # f(r) = r log r
+    "js": F.logsigmoid,             # f(r) = r log r − (r + 1) log((r + 1)/2)
+    "pearson": lambda d: 2*d.exp(), # f(r) = (r − 1)²
+}
 
 class _Ratio(nn.Module):
+    "log r as a network, and the Euler step −s ∇f'(r) that follows from it; s = 0 until it is set."
     def __init__(self, dim, c):
         super().__init__()
-        omega = torch.randn(dim, 32, generator=torch.Generator().manual_seed(0)) * math.pi/2 * math.sqrt(2/dim)
+        omega = torch.randn(dim, 32, generator=torch.Generator().manual_seed(0)) * math.pi/2 * math.sqrt(2/dim)  # as in `MLP`
         widths = [dim + 64] + [c.width]*c.depth
-        self.log_ratio = nn.Sequential(FourierFeatures(omega), *(m for i, o in zip(widths, widths[1:]) for m in (nn.Linear(i, o), nn.SiLU())), nn.Linear(c.width, 1))
-        self.slope = _SLOPES[c.divergence]
+        hidden = [m for i, o in zip(widths, widths[1:]) for m in (nn.Linear(i, o), nn.SiLU())]
+        self.log_ratio, self.slope = nn.Sequential(FourierFeatures(omega), *hidden, nn.Linear(c.width, 1)), _SLOPES[c.divergence]
         self.register_buffer("size", torch.zeros(()))
 
     def forward(self, x, s):
@@ -125,176 +105,235 @@ class _Ratio(nn.Module):
             x = x.detach().requires_grad_()
             return -self.size*torch.autograd.grad(self.slope(self.log_ratio(x)).sum(), x)[0]
 
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-12
-class EPT(_Optimised):
-    "Euler particle transport."
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-16
+def _classify(log_ratio, x, y, penalty):
+    "The loss of log r on particles x (B, D) and data y (B, D)."
+    z = torch.cat([x, y]).requires_grad_()
+    d = log_ratio(z)
+    slope, = torch.autograd.grad(d.sum(), z, create_graph=True)
+    return F.softplus(-d[:len(x)]).mean() + F.softplus(d[len(x):]).mean() + penalty*slope.square().sum(1).mean()
+
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-21
+@dataclass(frozen=True)
+class EPTConfig(_StagedConfig):
+    "Settings of an `EPT` run."
+    train_steps: int = 5000  # optimiser steps of all stages together
+    batch_size: int = 512    # particles, and as many data, in each
+    lr: float = 3e-3         # highest learning rate
+    ema: float = .98         # decay of the moving average of the weights: a stage is short
+    width: int = 96          # of the network for log r
+    depth: int = 3           # of it, hidden layers
+    divergence: str = "kl"   # to descend: "kl", "js" or "pearson"
+    step: float = .4         # first Euler step s …
+    last: float = .004       # … and last one, with a geometric sequence between them
+    penalty: float = .5      # α in units of s; the flow is stable from 1/8 on
+    particles: int = 2**14   # that make the way together
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.divergence not in _SLOPES: raise ValueError(f"divergence must be one of {', '.join(_SLOPES)}, got {self.divergence!r}")
+
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-22
+class EPT(_Staged):
+    "Euler particle transport (Gao, Huang, Jiao, Liu, Lu, Yang 2022): `EPT().fit(data).sample(n)`."
     Config = EPTConfig
     def _stage(self, dim): return _Ratio(dim, self.config)
 
     def _learn(self, net, k, draw_x, draw_y, generator):
-        c, x = self.config, draw_x(self.config.particles)
-        ratio = copy.deepcopy(net.stages[0])
-        average = AveragedModel(ratio, multi_avg_fn=_ema(c.ema))
-        opt = torch.optim.AdamW(ratio.parameters(), c.lr, weight_decay=0., betas=(.9, .99))
+        c, done = self.config, 0
+        x, ratio = draw_x(c.particles), copy.deepcopy(net.stages[0])
+        average, opt = AveragedModel(ratio, multi_avg_fn=_ema(c.ema)), torch.optim.AdamW(ratio.parameters(), c.lr, weight_decay=0.)
         for i, stage in enumerate(net.stages):
             deal, size = _Deck(x, generator), c.step*(c.last/c.step)**(i/max(1, c.stages - 1))
-            for j in range(self._steps(i)):
-                opt.param_groups[0]["lr"] = c.lr*_lr_factor(i*c.train_steps//c.stages + j, c.train_steps)
+            for done in range(done, done + self._share(i)):
+                opt.param_groups[0]["lr"] = c.lr*_lr_factor(done, c.train_steps)
                 loss = _classify(ratio.log_ratio, deal(c.batch_size), draw_y(c.batch_size), c.penalty*size)
                 opt.zero_grad(); loss.backward(); opt.step(); average.update_parameters(ratio)
                 yield loss
+            done += 1
             stage.load_state_dict(average.module.state_dict())
             stage.size.fill_(size)
-            with torch.no_grad(): x = x + torch.cat([stage(u, 0.) for u in x.split(4096)])
+            x = x + torch.cat([stage(u, 0.) for u in x.split(4096)]).detach()
 
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-13
-def _classify(log_ratio, x, y, penalty):
-    z = torch.cat([x, y]).requires_grad_()
-    d = log_ratio(z)
-    loss = F.softplus(-d[:len(x)]).mean() + F.softplus(d[len(x):]).mean()
-    if penalty < 1e-8: return loss
-    g, = torch.autograd.grad(d.sum(), z, create_graph=True)
-    return loss + penalty*g.square().sum(1).mean()
-
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-15
-class _Potential(nn.Module):
-    "Φ(x, s) with its derivatives."
-    def __init__(self, dim, width, depth):
-        super().__init__()
-        self.first, self.hidden = nn.Linear(dim + 1, width), nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
-        self.last, self.quadratic = nn.Linear(width, 1, bias=False), nn.Linear(dim + 1, dim + 1)
-        for p in (*self.last.parameters(), *self.quadratic.parameters()): nn.init.zeros_(p)
-
-    def derivatives(self, x, s):
-        "Φ (B,), its gradient in x (B, D), its derivative in s (B,) and its Laplacian in x (B,)."
-        z, D = torch.cat([x, s[:, None]], 1), x.shape[1]
-        eye = torch.eye(D + 1, device=x.device)[:, None].expand(-1, len(x), -1)
-        u = _bend(_linear(self.first, torch.cat([z[None], eye, torch.zeros_like(z)[None]])), D)
-        for layer in self.hidden: u = u + _bend(_linear(layer, u), D)/len(self.hidden)
-        value, *slopes, laplacian = self.last(u)[..., 0]
-        W = self.quadratic.weight + self.quadratic.weight.T
-        slopes = torch.stack(slopes, 1) + z @ W.T/2 + self.quadratic.bias
-        return value + (z*self.quadratic(z)).sum(1)  - (z @ W.T*z).sum(1)/4, slopes[:, :D], slopes[:, D], laplacian + W.diagonal()[:D].sum()/2
-
-    def forward(self, x, s): return self.derivatives(x, 1 - s)[1]
-
-def _linear(layer, u):
-    v = F.linear(u, layer.weight)
-    return torch.cat([v[:1] + layer.bias, v[1:]])
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-28
+def _linear(layer, u): return torch.cat([(u[:1] @ layer.weight.T) + layer.bias, u[1:] @ layer.weight.T])
 
 def _bend(u, D):
+    "a(u) = log 2cosh u, on the rows: value, slopes (the first D in x), Laplacian in x."
     h = u[0].tanh()
     value = u[0].abs() + F.softplus(-2*u[0].abs())
     return torch.cat([value[None], h*u[1:-1], (h*u[-1] + (1 - h*h)*u[1:D + 1].square().sum(0))[None]])
 
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-16
-@dataclass(frozen=True)
-class JKOFlowConfig(_StagedConfig):
-    "Settings of a `JKOFlow` run."
-    stages: int = 5
-    train_steps: int = 1000
-    batch_size: int = 256
-    lr: float = 5e-3
-    ema: float = .99
-    width: int = 64
-    depth: int = 2
-    alpha: float = 5.
-    hjb: float = .1
-    time_steps: int = 2
-    particles: int = 2**16
+class _Potential(nn.Module):
+    "Φ(x, s), known by its derivatives; as a stage, the way back from s = 1 to 0."
+    def __init__(self, dim, c):
+        super().__init__()
+        self.first, self.hidden = nn.Linear(dim + 1, c.width), nn.ModuleList(nn.Linear(c.width, c.width) for _ in range(c.depth - 1))
+        self.last, self.quadratic = nn.Linear(c.width, 1, bias=False), nn.Linear(dim + 1, dim + 1)
+        for p in (*self.last.parameters(), *self.quadratic.parameters()): nn.init.zeros_(p)
 
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-17
+    def derivatives(self, x, s):
+        "∇Φ (B, D), ∂Φ/∂s (B,) and ΔΦ (B,), the first and the last in x."
+        z, D = torch.cat([x, s[:, None]], 1), x.shape[1]
+        units = torch.eye(D + 2, D + 1, device=x.device)[:, None].expand(-1, len(x), -1)   # slopes of z, and its Laplacian: 0
+        u = _bend(_linear(self.first, torch.cat([z[None], units])), D)
+        for layer in self.hidden: u = u + _bend(_linear(layer, u), D)/len(self.hidden)
+        S, rows = (self.quadratic.weight + self.quadratic.weight.T)/2, self.last(u[1:])[..., 0]
+        slopes = rows[:-1].T + z @ S + self.quadratic.bias
+        return slopes[:, :D], slopes[:, D], rows[-1] + S.diagonal()[:D].sum()
+
+    def forward(self, x, s): return self.derivatives(x, 1 - s)[0]
+
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-31
 def _push(potential, x, steps):
-    "x, log det, transport cost, HJB residual."
-    D = x.shape[1]
+    "x (B, D) at s = 1, and three integrals (B,) on the way: log det, ½|∇Φ|² and the HJB residual."
+    D, h = x.shape[1], 1/steps
     def rate(state, s):
-        _, slope, ds, laplacian = potential.derivatives(state[:, :D], s.expand(len(x)))
-        half = slope.square().sum(1)/2
-        return torch.cat([-slope, -laplacian[:, None], half[:, None], (ds - half).abs()[:, None]], 1)
-    state, h = torch.cat([x, x.new_zeros(len(x), 3)], 1), 1/steps
+        slope, ds, laplacian = potential.derivatives(state[:, :D], torch.full((len(x),), s, device=x.device))
+        cost = slope.square().sum(1)/2
+        return torch.cat([-slope, torch.stack([-laplacian, cost, (ds - cost).abs()], 1)], 1)
+    state = torch.cat([x, x.new_zeros(len(x), 3)], 1)
     for i in range(steps):
-        s = torch.tensor(i*h, device=x.device)
-        a = rate(state, s); b = rate(state + h/2*a, s + h/2); c = rate(state + h/2*b, s + h/2); d = rate(state + h*c, s + h)
+        a = rate(state, i*h)
+        b = rate(state + h/2*a, (i + .5)*h)
+        c = rate(state + h/2*b, (i + .5)*h)
+        d = rate(state + h*c, (i + 1)*h)
         state = state + h/6*(a + 2*b + 2*c + d)
     return state[:, :D], *state[:, D:].unbind(1)
 
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-18
-class JKOFlow(_Optimised):
-    "JKO-Flow."
-    Config = JKOFlowConfig
-    def _stage(self, dim): return _Potential(dim, self.config.width, self.config.depth)
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-34
+@dataclass(frozen=True)
+class JKOFlowConfig(_StagedConfig):
+    "Settings of a `JKOFlow` run."
+    stages: int = 5          # JKO steps
+    train_steps: int = 1600  # optimiser steps of all stages together
+    batch_size: int = 256    # data in each
+    lr: float = 1e-2         # highest learning rate, of each stage anew
+    ema: float = .99         # decay of the moving average of the weights: a stage is short
+    width: int = 64          # of the potential's layers
+    depth: int = 2           # of it, hidden layers
+    alpha: float = 5.        # weight of the KL divergence against ½W2²
+    hjb: float = .1          # β, weight of the Hamilton–Jacobi–Bellman residual
+    time_steps: int = 2      # Runge–Kutta steps of each stage
+    particles: int = 2**16   # data that make the way together
 
-    def fit(self, data, source=None, progress=True, checkpoint=None, log_density=None):
-        if (source is None) != (log_density is None): raise ValueError("source and log_density")
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-36
+def _check_density(log_density, x):
+    "Is it one number for each of the points x (n, *shape), finite where the source has mass?"
+    found = log_density(x)
+    if not isinstance(found, Tensor) or found.shape != (len(x),):
+        raise ValueError(f"log_density must return a tensor ({len(x)},) for {len(x)} points, got {tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__}")
+    if not found.isfinite().all(): raise ValueError(f"log_density must be finite on draws of the source, got {found[~found.isfinite()][0].item()}")
+
+def _train_potential(work, deal, log_source, steps, c):
+    "The losses of one JKO step; at the end, `work` holds the average."
+    average, opt = AveragedModel(work, multi_avg_fn=_ema(c.ema)), torch.optim.AdamW(work.parameters(), c.lr, weight_decay=0.)
+    for j in range(steps):
+        opt.param_groups[0]["lr"] = c.lr*_lr_factor(j, steps)
+        z, log_det, cost, residual = _push(work, deal(c.batch_size), c.time_steps)
+        loss = ((cost + c.hjb*residual)/c.alpha - log_source(z) - log_det).mean()
+        opt.zero_grad(); loss.backward(); opt.step(); average.update_parameters(work)
+        yield loss
+    work.load_state_dict(average.module.state_dict())
+
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-37
+class JKOFlow(_Staged):
+    "JKO-Flow (Vidal, Wu Fung, Tenorio, Osher, Nurbekyan 2023): `JKOFlow().fit(data).sample(n)`."
+    Config, log_density = JKOFlowConfig, None
+    def _stage(self, dim): return _Potential(dim, self.config)
+
+    def fit(self,
+        data,               # tensor (N, *shape), map-style Dataset, or function n -> (n, *shape)
+        source=None,        # the same, for the source; N(0, I) in the model's coordinates where None
+        progress:bool=True, # show a bar, and a line with the time
+        checkpoint=None,    # must be None: this model cannot go on from a file
+        log_density=None,   # of a source that is given: points (n, *shape) in the data's unit -> (n,), differentiable
+    ):                      # the model itself
+        "Learn from `source` to `data`, by way of the likelihood. After Ctrl-C the stages that were not finished stay at rest."
+        if source is not None and log_density is None: raise ValueError("log_density must come with source: JKO-Flow maximises a likelihood under the source, got None")
+        if source is None and log_density is not None: raise ValueError("log_density must be None where source is None: the source is then N(0, I) in the model's coordinates")
+        if log_density is not None and not callable(log_density): raise TypeError(f"log_density must be a function of points (n, *shape), got {type(log_density).__name__}")
         self.log_density = log_density
         return super().fit(data, source, progress, checkpoint)
 
-    def _log_source(self, z, k):
-        D = z.shape[1]
-        if self.log_density is None: return -z.square().sum(1)/2 - D/2*math.log(2*math.pi)
-        return self.log_density(k.to_data(z.view(-1, *k.shape))).float() + D*k.scale.float().log()
+    def log_prob(self,
+        x:Tensor, # points (n, *shape), in the data's unit
+    )->Tensor:    # (n,), in nats
+        "The log density of the model: that of the source at the other end, plus log det."
+        k = self._fitted() and self.coordinates
+        if self.source == "given" and self.log_density is None: raise ValueError("log_density is not part of a model's file: set model.log_density to that of its source")
+        with torch.no_grad(): return torch.cat([_log_prob(self, u, k) for u in k.to_model(_check_sample("x", x, k.shape)).flatten(1).split(4096)])
 
     def _learn(self, net, k, draw_x, draw_y, generator):
-        c, y = self.config, draw_y(self.config.particles)
+        c, y, log_source = self.config, draw_y(self.config.particles), _log_source(self.log_density, k)
+        if self.log_density: _check_density(self.log_density, k.to_data(draw_x(16).view(-1, *k.shape)))
         for i, stage in enumerate(reversed(net.stages)):
-            deal, n = _Deck(y, generator), self._steps(i)
             work = copy.deepcopy(stage)
-            average, opt = AveragedModel(work, multi_avg_fn=_ema(c.ema)), torch.optim.AdamW(work.parameters(), c.lr, weight_decay=0.)
-            for j in range(n):
-                opt.param_groups[0]["lr"] = c.lr*_lr_factor(j, n)
-                z, det, cost, hjb = _push(work, deal(c.batch_size), c.time_steps)
-                loss = (cost/c.alpha + c.hjb/c.alpha*hjb - self._log_source(z, k) - det).mean()
-                opt.zero_grad(); loss.backward(); opt.step(); average.update_parameters(work)
-                yield loss
-            stage.load_state_dict(average.module.state_dict())
+            yield from _train_potential(work, _Deck(y, generator), log_source, self._share(i), c)
+            stage.load_state_dict(work.state_dict())
             with torch.no_grad(): y = torch.cat([_push(stage, u, c.time_steps)[0] for u in y.split(4096)])
 
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-20
-@dataclass(frozen=True)
-class SWFConfig(_StagedConfig):
-    "Settings of a `SlicedWassersteinFlow` run."
-    step: float = 1.
-    last: float = .1
-    directions: int = 16
-    quantiles: int = 512
-    particles: int = 2**15
-    width: int = 1
-    depth: int = 1
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-38
+def _log_source(log_density, k):
+    "The source's log density as a function of z (B, D), in the model's coordinates `k`."
+    D, unit = math.prod(k.shape), k.scale.double().log().item()
+    if log_density is None: return lambda z: -z.square().sum(1)/2 - D/2*math.log(2*math.pi)
+    return lambda z: log_density(k.to_data(z.view(-1, *k.shape))).to(z) + D*unit
 
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-21
+def _log_prob(model, z, k):
+    total = -math.prod(k.shape)*k.scale.log().item()
+    for stage in reversed(model.net.stages):
+        z, log_det, *_ = _push(stage, z, model.config.time_steps)
+        total = total + log_det
+    return total + _log_source(model.log_density, k)(z)
+
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-43
+def _quantiles(p, count):
+    "`count` quantiles of each row of p (L, N), the smallest and the largest entry among them."
+    return p.sort(1).values[:, torch.linspace(0, p.shape[1] - 1, count, device=p.device).round().long()]
+
 class _Slices(nn.Module):
+    "One step of the flow: along each direction, a displacement that is piecewise linear between quantiles of the particles."
     def __init__(self, dim, c):
         super().__init__()
-        self.register_buffer("weight", torch.zeros(c.directions, dim))
+        self.register_buffer("weight", torch.zeros(c.directions, dim))                                                     # the directions
         for name in ("knots", "shifts"): self.register_buffer(name, torch.zeros(c.directions, c.quantiles))
 
     def forward(self, x, s):
-        p, Q = self.weight @ x.T, self.knots.shape[1]
-        j = torch.searchsorted(self.knots, p).clamp(1, Q - 1)
-        a, b = self.knots.gather(1, j - 1), self.knots.gather(1, j)
-        w = ((p - a)/(b - a).clamp(min=1e-12)).clamp(0, 1)
-        moved = torch.lerp(self.shifts.gather(1, j - 1), self.shifts.gather(1, j), w)
-        return x.shape[1]/len(self.weight)*(moved.T @ self.weight)
+        p = self.weight @ x.T                                                                                              # (L, B)
+        j = torch.searchsorted(self.knots, p).clamp(1, self.knots.shape[1] - 1)
+        (a, b), (u, v) = ((values.gather(1, j - 1), values.gather(1, j)) for values in (self.knots, self.shifts))
+        shift = torch.lerp(u, v, ((p - a)/(b - a).clamp(min=1e-12)).clamp(0, 1))
+        return x.shape[1]/len(self.weight)*(shift.T @ self.weight)
 
-def _quantiles(p, count):
-    p = p.sort(1).values
-    return p[:, torch.linspace(0, p.shape[1] - 1, count, device=p.device).round().long()]
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-45
+@dataclass(frozen=True)
+class SWFConfig(_StagedConfig):
+    "Settings of a `SlicedWassersteinFlow`. There is no network and no optimiser: `train_steps` is put to `stages`, `width` and `depth` to 1."
+    step: float = 1.        # s; 1 along an orthonormal basis is the full move
+    directions: int = 16    # L, of each step
+    quantiles: int = 512    # of each direction
+    particles: int = 2**15  # that make the way together, and draws of the target in each step
 
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-22
+    def __post_init__(self):
+        for name, value in dict(train_steps=_check_setting("stages", self.stages, int), width=1, depth=1).items(): object.__setattr__(self, name, value)
+        super().__post_init__()
+        for name in ("quantiles", "particles"):
+            if getattr(self, name) < 2: raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}")
+
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-46
 class SlicedWassersteinFlow(_Staged):
+    "Sliced-Wasserstein flow (Liutkus, Şimşekli, Majewski, Durmus, Stöter 2019): `SlicedWassersteinFlow().fit(data).sample(n)`."
     Config = SWFConfig
     def _stage(self, dim): return _Slices(dim, self.config)
-    @property
-    def _length(self): return self.config.stages
 
     def _learn(self, net, k, draw_x, draw_y, generator):
         c, x = self.config, draw_x(self.config.particles)
         D = x.shape[1]
-        for i, stage in enumerate(net.stages):
-            frames = torch.linalg.qr(torch.randn(-(-c.directions//D), D, D, generator=generator).to(x.device)).Q
-            directions = frames.flatten(0, 1)[:c.directions]
-            knots, there = (_quantiles(directions @ u.T, c.quantiles) for u in (x, draw_y(c.particles)))
-            size = c.step*(c.last/c.step)**(i/max(1, c.stages - 1))
-            stage.weight.copy_(directions); stage.knots.copy_(knots); stage.shifts.copy_(size*(there - knots))
+        for stage in net.stages:
+            frames = torch.linalg.qr(torch.randn(-(-c.directions//D), D, D, generator=generator, dtype=torch.float32)).Q
+            directions = frames.flatten(0, 1)[:c.directions].to(x.device)
+            here, there = (_quantiles(directions @ u.T, c.quantiles) for u in (x, draw_y(c.particles)))
+            for name, value in dict(weight=directions, knots=here, shifts=c.step*(there - here)).items(): getattr(stage, name).copy_(value)
             x = x + torch.cat([stage(u, 0.) for u in x.split(4096)])
-            yield (there - knots).square().mean()
+            yield (there - here).square().mean()
