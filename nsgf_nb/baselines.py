@@ -63,7 +63,8 @@ def _pooled(pairs, size, minibatch, generator, progress):
 class OTCFMConfig(SIConfig):
     "Settings of `OTCFM`."
     minibatch: int = 256    # points of each side among which pairs are made
-    pool_size: int = 2**19  # pairs made before the training; 0: new ones for each step
+    pool_size: int = 2**19  # pairs made before the training
+    fresh: bool = False     # make new pairs for each step instead
 
 class OTCFM(StraightFlow):
     "Straight paths between the pairs of exact minibatch optimal transport (OT-CFM; Tong et al. 2024)."
@@ -73,7 +74,7 @@ class OTCFM(StraightFlow):
         def coupled(n):
             x, y = draw_x(n), draw_y(n)
             return x, torch.cat([v[ot_partners(u, v)] for u, v in zip(x.split(c.minibatch), y.split(c.minibatch))])
-        pairs = _pooled(coupled, c.pool_size, c.minibatch, generator, progress) if c.pool_size else coupled
+        pairs = coupled if c.fresh else _pooled(coupled, c.pool_size, c.minibatch, generator, progress)
         self.seconds["pairs"] = time.perf_counter() - start
         return pairs
 
@@ -86,6 +87,21 @@ class RectifiedFlowConfig(SIConfig):
     ode_steps: int = 16     # Heun steps from x_0 to z_1, of two network calls each
 
 # %% ../nbs/08_baselines.ipynb #08-25
+def _ends(teacher, k, draw_x, steps):
+    "n -> (x_0, z_1) in the coordinates `k`: fresh source points and where the flow `teacher` carries them."
+    def ends(n):
+        x = draw_x(n)
+        z = x if teacher.source == "normal" else teacher.coordinates.to_model(k.to_data(x))
+        z, _ = integrate(teacher.net, z, 0., steps, "heun")
+        return x, k.to_model(teacher.coordinates.to_data(z))
+    return ends
+
+def _first(c, device):
+    "What learns before a rectified flow of settings c: one of a reflow less, or FM."
+    if c.reflows > 1: return RectifiedFlow(dataclasses.replace(c, reflows=c.reflows - 1), device)
+    return StraightFlow(StraightConfig(**{f.name: getattr(c, f.name) for f in dataclasses.fields(SIConfig)}), device)
+
+# %% ../nbs/08_baselines.ipynb #08-26
 class RectifiedFlow(StraightFlow):
     "Straight paths between the two ends of an earlier flow's paths, `reflows` times over (Liu et al. 2023)."
     Config = RectifiedFlowConfig
@@ -99,27 +115,18 @@ class RectifiedFlow(StraightFlow):
         teacher=None,       # the flow of one reflow less, where it has been trained
     ):                      # the model itself
         "Train the rounds before, unless a `teacher` is given, then this one."
-        if teacher is None:
-            c, before = self.config, None if checkpoint is None else f"{checkpoint}.{self.config.reflows - 1}"
-            if c.reflows > 1: teacher = RectifiedFlow(dataclasses.replace(c, reflows=c.reflows - 1), self.device)
-            else: teacher = StraightFlow(StraightConfig(**{f.name: getattr(c, f.name) for f in dataclasses.fields(SIConfig)}), self.device)
-            teacher.fit(data, source, progress, before)
-        teacher._fitted()
-        self.teacher = teacher
+        before = None if checkpoint is None else f"{checkpoint}.{self.config.reflows - 1}"
+        self.teacher = teacher or _first(self.config, self.device).fit(data, source, progress, before)
         return super().fit(data, source, progress, checkpoint)
 
     def _network(self, shape):
         net = super()._network(shape)
-        if self.teacher: net.load_state_dict(self.teacher.net.state_dict())
+        if self.teacher: net.load_state_dict(self.teacher._fitted().state_dict())
         return net
 
     def _pairs(self, k, draw_x, draw_y, generator, progress):
-        c, teacher, start = self.config, self.teacher, time.perf_counter()
-        def ends(n):
-            x = draw_x(n)
-            z = x if teacher.source == "normal" else teacher.coordinates.to_model(k.to_data(x))
-            z, _ = integrate(teacher.net, z, 0., c.ode_steps, "heun")
-            return x, k.to_model(teacher.coordinates.to_data(z))
+        c, start = self.config, time.perf_counter()
+        ends = _ends(self.teacher, k, draw_x, c.ode_steps)
         pairs = _pooled(ends, c.pool_size, min(c.pool_size, _rows(self)), generator, progress)
         self.seconds["pairs"] = time.perf_counter() - start
         return pairs

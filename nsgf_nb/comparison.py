@@ -20,9 +20,9 @@ from .nsgfpp import StraightFlow
 
 # %% ../nbs/11_comparison.ipynb #11-07
 METHODS = {"NSGF": (NSGF, {}), "FM": (StraightFlow, {}), "OT-CFM": (OTCFM, {}), "SI": (SI, {}),
-    "1 reflow": (RectifiedFlow, dict(reflows=1)), "2 reflows": (RectifiedFlow, dict(reflows=2)), "3 reflows": (RectifiedFlow, dict(reflows=3)),
+    "2-RF": (RectifiedFlow, dict(reflows=1)), "3-RF": (RectifiedFlow, dict(reflows=2)), "4-RF": (RectifiedFlow, dict(reflows=3)),
     "EPT": (EPT, {}), "JKO-Flow": (JKOFlow, {}), "SWF": (SlicedWassersteinFlow, {})}
-_BEFORE = {"1 reflow": "FM", "2 reflows": "1 reflow", "3 reflows": "2 reflows"}   # who makes the pairs of whom
+_BEFORE = {"2-RF": "FM", "3-RF": "2-RF", "4-RF": "3-RF"}      # who makes the pairs of whom
 
 @dataclass(frozen=True)
 class Comparison:

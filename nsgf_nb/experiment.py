@@ -82,7 +82,7 @@ def measure(
     return found
 
 # %% ../nbs/10_experiment.ipynb #10-13
-def _along_the_way(e, model, draws=5, steps=10):
+def _along_the_way(e, model, draws=5, steps=None):
     "W2 to the target at each Euler step, the mean of `draws` pairs of samples: the paper's Figure 4."
     xs = [draw(e.target, model, e.w2_points, 2_000_000 + 2*i, steps, trajectory=True) for i in range(draws)]
     ys = [sample_2d(e.target, e.w2_points, 2_000_001 + 2*i) for i in range(draws)]

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 from .matching import TrainConfig, VelocityModel, _check_sample, _check_setting, _Deck, _ema, _lr_factor, _samplers, _seeded, _watch
-from .models import FourierFeatures
 
 # %% ../nbs/09_gradient_flow_baselines.ipynb #09-07
 class _Chain(nn.Module):
@@ -94,10 +93,9 @@ class _Ratio(nn.Module):
     "log r as a network, and the Euler step −s ∇f'(r) that follows from it; s = 0 until it is set."
     def __init__(self, dim, c):
         super().__init__()
-        omega = torch.randn(dim, 32, generator=torch.Generator().manual_seed(0)) * math.pi/2 * math.sqrt(2/dim)  # as in `MLP`
-        widths = [dim + 64] + [c.width]*c.depth
+        widths = [dim] + [c.width]*c.depth
         hidden = [m for i, o in zip(widths, widths[1:]) for m in (nn.Linear(i, o), nn.SiLU())]
-        self.log_ratio, self.slope = nn.Sequential(FourierFeatures(omega), *hidden, nn.Linear(c.width, 1)), _SLOPES[c.divergence]
+        self.log_ratio, self.slope = nn.Sequential(*hidden, nn.Linear(c.width, 1)), _SLOPES[c.divergence]
         self.register_buffer("size", torch.zeros(()))
 
     def forward(self, x, s):

@@ -292,14 +292,15 @@ class _Coordinates:
     def to_data(self, z): return z.to(self.mean)*self.scale + self.mean
 
 # %% ../nbs/05_matching.ipynb #05-38
-def _build_pool(c, coordinates, draw_x, draw_y, device, progress):
-    "The pool of the config `c`, from samplers of source and target in the model's coordinates."
+def _build_pool(c, coordinates, draw_x, draw_y, device, progress, **flow):
+    "The pool of the config `c`, from samplers of source and target in the model's coordinates; `flow`: other blur or eta of its flows, in these coordinates."
     most = c.pool_mb*2**18 // ((c.flow_steps + 1)*math.prod(coordinates.shape))      # floats of four bytes
     group = max(1, min(4096, c.pool_size, most) // c.minibatch)                                               # minibatches solved per call
     calls = max(1, min(c.pool_size, most) // (group*c.minibatch))
     blur = c.blur if c.blur_unit == "std" else c.blur/coordinates.scale.item()
     etas = [1/(c.flow_steps/c.reach - k) for k in range(c.flow_steps)]
-    pool = TrajectoryPool(calls*group*c.minibatch, coordinates.shape, c.flow_steps, blur, etas, c.tol, device, c.self_term)
+    flow = dict(blur=blur, eta=etas, tol=c.tol, self_term=c.self_term) | flow
+    pool = TrajectoryPool(calls*group*c.minibatch, coordinates.shape, c.flow_steps, device=device, **flow)
     for _ in tqdm(range(calls), desc="pool", disable=not progress, mininterval=.5):
         pool.add(*(draw(group*c.minibatch).unflatten(0, (group, c.minibatch)) for draw in (draw_x, draw_y)))
     return pool
@@ -508,8 +509,9 @@ def _together(parts):
 class NSGF(VelocityModel):
     "Neural Sinkhorn gradient flow: `NSGF().fit(data).sample(n)` (Algorithms 1 and 2)."
     Config = NSGFConfig
+    def _flow(self): return {}         # blur or eta of the pool's flows, where a kind of NSGF has others than its config says
 
     def _batches(self, k, draw_x, draw_y, sources, progress):
-        pool = _build_pool(self.config, k, draw_x, draw_y, self.device, progress)
+        pool = _build_pool(self.config, k, draw_x, draw_y, self.device, progress, **self._flow())
         self.seconds["pool"], generator = pool.seconds, torch.Generator(self.device).manual_seed(self.config.seed)
         return _Batches(lambda: pool.batch(self.config.batch_size, generator), generator)

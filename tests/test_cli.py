@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import fails
 
+import nsgf_nb.cli as cli
 import nsgf_nb.experiment as experiment
 import nsgf_nb.matching as matching
 from nsgf_nb import NSGF
@@ -31,11 +32,21 @@ def small(target, **kw):
     return Experiment(target, TINY, **{**dict(w2_draws=2, sw2_draws=(2, 2), floor_pairs=2, w2_points=64, sw2_points=500, steps=(4, 8)), **kw})
 
 
+def replace(monkeypatch, **names):
+    "Other values for names of `experiment`, also where the command line has imported them."
+    for name, value in names.items():
+        for module in (experiment, cli):
+            if hasattr(module, name): monkeypatch.setattr(module, name, value)
+
+
+def nothing_starts(monkeypatch, *names):
+    replace(monkeypatch, **{name: lambda *args: pytest.fail("started to work") for name in names})
+
+
 @pytest.fixture(autouse=True)
 def moments(monkeypatch, tmp_path):
     "Every experiment on a tiny budget, in an empty folder."
-    monkeypatch.setattr(experiment, "EXPERIMENTS", {f"2d-{t}": small(t) for t in TARGETS})
-    monkeypatch.setattr(experiment, "DEMO", small("8gaussians", steps=(4,)))
+    replace(monkeypatch, EXPERIMENTS={f"2d-{t}": small(t) for t in TARGETS}, DEMO=small("8gaussians", steps=(4,)))
     monkeypatch.chdir(tmp_path)
 
 
@@ -212,7 +223,7 @@ def test_a_result_json_of_someone_else(nsgf, trained, content):
 @pytest.mark.parametrize("below", ("file", "file/below"))
 def test_folders_that_cannot_be_written_are_found_before_training(nsgf, monkeypatch, words, below):
     Path("file").touch()
-    for name in ("measure_floors", "_train"): monkeypatch.setattr(experiment, name, lambda *args: pytest.fail("started to work"))
+    nothing_starts(monkeypatch, "measure_floors", "_train")
     fails(nsgf(*words, "--out", below), f"cannot write to the folder {below}")
 
 
@@ -224,7 +235,7 @@ def test_samples_that_cannot_be_written(nsgf, trained, output):
 
 @pytest.mark.parametrize("words", (("demo",), ("train", "2d-moons"), ("sample", "PATH"), ("evaluate", "PATH")), ids=" ".join)
 def test_devices_that_do_not_exist(nsgf, trained, monkeypatch, words):
-    for name in ("measure_floors", "_distances"): monkeypatch.setattr(experiment, name, lambda *args: pytest.fail("started to work"))
+    nothing_starts(monkeypatch, "measure_floors", "_distances")
     fails(nsgf(*(trained if w == "PATH" else w for w in words), "--device", "cuda:99"), "^nsgf: device 'cuda:99' cannot be used here: ")
 
 
@@ -256,7 +267,8 @@ def test_ctrl_c_leaves_no_numbers_of_other_weights(nsgf, trained, monkeypatch):
 @pytest.mark.parametrize("where", ("add", "measure", "measure_floors"))
 def test_ctrl_c_anywhere_is_exit_code_one(nsgf, monkeypatch, where):
     def interrupt(*args, **kw): raise KeyboardInterrupt
-    monkeypatch.setattr(*((TrajectoryPool, where) if where == "add" else (experiment, where)), interrupt)
+    if where == "add": monkeypatch.setattr(TrajectoryPool, where, interrupt)
+    else: replace(monkeypatch, **{where: interrupt})
     fails(nsgf("train", "2d-moons"), "^nsgf: interrupted")
     path = Path("runs/2d-moons/seed0/model.safetensors")
     assert path.exists() == (where == "measure")                             # trained, though not measured

@@ -26,7 +26,12 @@ MAP = {
     "metrics": {"sinkhorn"},
     "image_metrics": {"files", "metrics", "sinkhorn"},
     "speed": {"data", "files", "flow", "sinkhorn"},
-    "experiment": None,
+    "experiment": {"data", "files", "matching", "metrics"},
+    "baselines": {"flow", "matching", "nsgfpp"},
+    "gradient_flow_baselines": {"matching", "models"},
+    "comparison": {"baselines", "data", "experiment", "files", "gradient_flow_baselines", "matching", "nsgfpp"},
+    "ablations": {"baselines", "data", "experiment", "files", "flow", "matching", "metrics", "nsgfpp", "sinkhorn"},
+    "cli": None,
 }
 HEAVY = "geomloss", "jax", "matplotlib", "ot", "ott", "scipy", "sklearn", "torch_fidelity", "torchdiffeq", "torchmetrics", "torchvision"
 
