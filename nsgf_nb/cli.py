@@ -10,7 +10,7 @@ import argparse, json, os, platform, sys
 from pathlib import Path
 import torch
 import nsgf_nb
-from .comparison import DATA, METHODS, Comparison, QUICK, compare, read_results, report_table
+from .comparison import COMPARED, DATA, METHODS, Comparison, QUICK, compare, read_results, report_table
 from .data import TARGETS, load_images, sample_2d
 from .experiment import DEMO, EXPERIMENTS, _report, draw, measure, measure_floors, run
 from .files import made_with, writable_folder, write_json
@@ -127,7 +127,7 @@ def _bench_2d(args):
             floors = _floors(c, target, out)
             for data in args.data: compare(target, data, seed, c, args.methods, floors, out, device, not args.quick)
     for data in args.data:
-        for steps in c.steps: print(f"\nSW2 over its floor after {steps} Euler steps, {data} target samples\n\n{report_table(read_results(out, data), steps)}")
+        for steps in c.steps: print(f"\nSW2 over its floor after {steps} Euler steps, {data} target samples\n\n{report_table(read_results(out, data), steps, methods=args.methods)}")
     print(f"\nwrote {out}/")
 
 # %% ../nbs/12_cli.ipynb #12-11
@@ -162,7 +162,7 @@ def _add_bench(verb):
     plane = kinds.add_parser("2d", help="five targets, ten methods, W2 and SW2 (about ten minutes for each target, seed and kind of data)")
     plane.add_argument("--targets", nargs="+", choices=TARGETS, metavar="TARGET", help="default: all; quick: moons and 8gaussians-moons")
     plane.add_argument("--data", nargs="+", choices=DATA, default=DATA, help="target samples: fresh without limit, or a fixed set (default: both)")
-    plane.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help="default: all of " + ", ".join(METHODS))
+    plane.add_argument("--methods", nargs="+", choices=METHODS, default=COMPARED, metavar="METHOD", help=f"default: {', '.join(COMPARED)}; also torchcfm, where it is installed")
     plane.add_argument("--seeds", type=int, nargs="+", help="one run for each (default: 0 to 4; quick: 0 and 1)")
     for v, call, out in ((sinkhorn, _bench_sinkhorn, "runs/speed"), (plane, _bench_2d, "runs/comparison")):
         v.set_defaults(call=call)
