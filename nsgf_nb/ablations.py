@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STUDIES', 'bias_and_spread', 'matching_error', 'field_distance', 'time_grid', 'on_grid', 'study', 'read_study']
 
-# %% ../nbs/11b_ablations.ipynb #2149e9fb
+# %% ../nbs/11b_ablations.ipynb #11b-04
 import dataclasses, hashlib, json, time
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,7 +22,7 @@ from .matching import NSGF, NSGFConfig, _Coordinates, _build_pool, _start, find_
 from .metrics import Estimate, ratio, sw2
 from .nsgfpp import StraightFlow
 
-# %% ../nbs/11b_ablations.ipynb #38bb4dba
+# %% ../nbs/11b_ablations.ipynb #11b-07
 @dataclass(frozen=True)
 class _Budget:
     "What the rows of all studies have in common."
@@ -53,7 +53,7 @@ class _Budget:
 _QUICK = _Budget(width=16, depth=2, batch_size=64, train_steps=16, pool_size=2**10, sw2_points=200, sw2_draws=1, floor_pairs=2,
                  w2_points=32, large=256, queries=8, rounds=2, held_out=2**10, states=100, quick=True)
 
-# %% ../nbs/11b_ablations.ipynb #36de3340
+# %% ../nbs/11b_ablations.ipynb #11b-09
 @dataclass(frozen=True)
 class _ConstantConfig(NSGFConfig):
     eta: float = .5        # Euler step of the pool's flows
@@ -76,7 +76,7 @@ class _Annealed(NSGF):
 
 _KINDS = {"NSGF": NSGF, "OT-CFM": OTCFM, "FM": StraightFlow, "constant η": _Constant, "annealed": _Annealed}
 
-# %% ../nbs/11b_ablations.ipynb #37c14d47
+# %% ../nbs/11b_ablations.ipynb #11b-12
 class _Lab:
     "What the rows share: budget, folder, floors, and models that are trained once."
     def __init__(self, b, folder, device, floors): self.b, self.folder, self.device, self.floors = b, folder, device, floors
@@ -103,7 +103,7 @@ class _Lab:
         path, (_, about) = self.kept(kind.__name__.strip("_"), dict(dataclasses.asdict(model.config), samples=samples), make)
         return kind.load(path, self.device), dict(seconds=about["seconds"], loss=about["loss"])
 
-# %% ../nbs/11b_ablations.ipynb #c0f5c97f
+# %% ../nbs/11b_ablations.ipynb #11b-13
 def _against_target(lab, sample, seed, draws):
     "SW2 between `sample(seed)` and fresh draws of the target, and its ratio to the floor."
     b, first = lab.b, 1_000_500 + 1000*seed
@@ -118,7 +118,7 @@ def _quality(lab, config, seed):
     model, made = lab.trained(config, seed)
     return dict(sw2={str(k): _against_target(lab, lambda s: draw(b.target, model, b.sw2_points, s, k), seed, b.sw2_draws) for k in config["at"]}, **made)
 
-# %% ../nbs/11b_ablations.ipynb #8abfc5b4
+# %% ../nbs/11b_ablations.ipynb #11b-15
 def bias_and_spread(
     v:Tensor,          # estimates (R, Q, D): R independent ones, at least 2, of Q vectors
     references:Tensor, # (2, Q, D): two independent estimates without bias
@@ -129,7 +129,7 @@ def bias_and_spread(
     a, b = mean - references
     return ((a*b).sum(-1) - spread/len(v)).mean().item(), spread.mean().item()
 
-# %% ../nbs/11b_ablations.ipynb #69b7c9ce
+# %% ../nbs/11b_ablations.ipynb #11b-19
 def _visits(x, n, rounds, draw_y, blur, g, steps=5):
     "First velocity and end of each point of x (Q, D) in `rounds` minibatches of n: (2, rounds, Q, D)."
     Q, D = x.shape
@@ -147,7 +147,7 @@ def _unit_target(b, g):
     k = _Coordinates.of(sample_2d(b.target, 2**14, 0), "cpu")
     return lambda n: k.to_model(sample_2d(b.target, n, g))
 
-# %% ../nbs/11b_ablations.ipynb #2e9193ab
+# %% ../nbs/11b_ablations.ipynb #11b-20
 def _reference(lab, blur):
     "The points, and their first velocities and ends in two flows of many particles: (Q, 2) and (2, 2, Q, 2)."
     b, g = lab.b, torch.Generator().manual_seed(6_000_000)
@@ -168,7 +168,7 @@ def _bias(lab, config, seed):
         return dict(bias2=bias2, spread=spread, size2=((true[0] - origin)*(true[1] - origin)).sum(-1).mean().item())
     return dict(first=numbers(first, v, 0.), end=numbers(last, end, x), seconds=dict(flows=time.perf_counter() - start))
 
-# %% ../nbs/11b_ablations.ipynb #d3fbd3db
+# %% ../nbs/11b_ablations.ipynb #11b-24
 def _nearest(x, y, own, n):
     "For each row of x, which is row `own` of y, the nearest row of y in another group of n rows."
     groups = torch.arange(len(y), device=y.device)//n
@@ -178,7 +178,7 @@ def _nearest(x, y, own, n):
         found.append(d.masked_fill_(groups == groups[i][:, None], float("inf")).argmin(1))
     return torch.cat(found)
 
-# %% ../nbs/11b_ablations.ipynb #75419c43
+# %% ../nbs/11b_ablations.ipynb #11b-25
 @torch.no_grad()
 def matching_error(
     v,             # field v(x, t)
@@ -196,7 +196,7 @@ def matching_error(
         error.append(torch.stack([(here*off).sum(-1).mean(), here.square().sum(-1).mean()]))
     return tuple(torch.stack(error).mean(0).tolist())
 
-# %% ../nbs/11b_ablations.ipynb #281e964e
+# %% ../nbs/11b_ablations.ipynb #11b-28
 def _matching(lab, config, seed):
     "The error of the trained field on a pool of other draws, beside its SW2."
     (model, _), b, g = lab.trained(config, seed), lab.b, torch.Generator().manual_seed(8_000_000 + seed)
@@ -205,7 +205,7 @@ def _matching(lab, config, seed):
     error, loss = matching_error(model.net, pool.states, c.minibatch)
     return dict(error=error, held_out=loss, **_quality(lab, config, seed))
 
-# %% ../nbs/11b_ablations.ipynb #959b5f44
+# %% ../nbs/11b_ablations.ipynb #11b-30
 def field_distance(
     v,        # field v(x, t)
     w,        # the field that it is compared with
@@ -216,7 +216,7 @@ def field_distance(
     a, b = v(x, t), w(x, t)
     return ((a - b).square().mean()/b.square().mean()).item()
 
-# %% ../nbs/11b_ablations.ipynb #b8b23335
+# %% ../nbs/11b_ablations.ipynb #11b-32
 def _particles(lab, blur, seed, eta=.3, steps=10, n=256, flows=8):
     "Mean squared distance of a flow of constant η from the re-timed straight paths, at each step, over that of the partners."
     g = torch.Generator().manual_seed(9_000_000 + seed)
@@ -232,7 +232,7 @@ def _retiming(lab, config, seed):
     xs = draw(b.target, other, b.states, 9_500_000 + seed, 20, trajectory=True)
     return dict(distance={str(i/20): field_distance(model, other, xs[i], i/20) for i in (0, 4, 8, 12, 16, 19)}, **made)
 
-# %% ../nbs/11b_ablations.ipynb #8cf4fa7a
+# %% ../nbs/11b_ablations.ipynb #11b-34
 def time_grid(
     kind:str,      # "uniform", "geometric" (the paper's), "geometric, then 1", or "power"
     steps:int,     # number of steps K
@@ -256,7 +256,7 @@ def on_grid(
     for t, then in pairwise(times): x = x + (then - t)*v(x, t)
     return x
 
-# %% ../nbs/11b_ablations.ipynb #70fead89
+# %% ../nbs/11b_ablations.ipynb #11b-38
 def _grids(lab, config, seed):
     "SW2 of a trained field on one kind of grid, at each number of steps; one draw, the same for all grids."
     (model, _), b = lab.trained(config, seed), lab.b
@@ -264,7 +264,7 @@ def _grids(lab, config, seed):
     def at(k): return _against_target(lab, lambda s: sample(s, time_grid(config["grid"], k, config["value"])), seed, 1)
     return dict(sw2={str(k): at(k) for k in config["at"]})
 
-# %% ../nbs/11b_ablations.ipynb #6d95b265
+# %% ../nbs/11b_ablations.ipynb #11b-40
 STUDIES = dict(
     steps="Euler steps of sampling, steps of the pool's flows, and the paper's constant η against equal steps of the network's time",
     blur="square root of ε, in standard deviations of the data", pool="number of pairs in the pool", minibatch="particles n in each flow of the pool",
@@ -273,7 +273,7 @@ STUDIES = dict(
     annealing="blur of the first and of the last step of the pool's flows",
     retiming="blur: distance of the NSGF field from that of OT-CFM", grids="where the Euler steps of sampling are")
 
-# %% ../nbs/11b_ablations.ipynb #654eef01
+# %% ../nbs/11b_ablations.ipynb #11b-41
 def _configs(name, b):
     "What varies in a study, a dict for each row."
     some, steps, blurs = b.some, b.train_steps, b.some(.02, .05, .1, .2, .5, 1.)
@@ -295,7 +295,7 @@ def _configs(name, b):
 
 _NUMBERS = dict(bias=_bias, matching=_matching, retiming=_retiming, grids=_grids)     # of a row; `_quality` for the others
 
-# %% ../nbs/11b_ablations.ipynb #54213a2f
+# %% ../nbs/11b_ablations.ipynb #11b-43
 def _begun(path, name, b, floors):
     "The rows so far, or none yet; those of another budget are refused."
     command = f"nsgf bench ablations --studies {name}{' --quick' if b.quick else ''}"
@@ -311,7 +311,7 @@ def _floors(b, folder):
     if not path.exists(): write_json(path, measure_floors(e))
     return json.loads(path.read_text())
 
-# %% ../nbs/11b_ablations.ipynb #9e827a71
+# %% ../nbs/11b_ablations.ipynb #11b-44
 def study(
     name:str,           # one of `STUDIES`
     seeds=(0, 1, 2),    # of data, training and measuring

@@ -10,6 +10,7 @@ import argparse, json, os, platform, sys
 from pathlib import Path
 import torch
 import nsgf_nb
+from .ablations import STUDIES, study
 from .comparison import COMPARED, DATA, METHODS, Comparison, QUICK, compare, read_results, report_table
 from .data import TARGETS, load_images, sample_2d
 from .experiment import DEMO, EXPERIMENTS, _report, draw, measure, measure_floors, run
@@ -130,6 +131,11 @@ def _bench_2d(args):
         for steps in c.steps: print(f"\nSW2 over its floor after {steps} Euler steps, {data} target samples\n\n{report_table(read_results(out, data), steps, methods=args.methods)}")
     print(f"\nwrote {out}/")
 
+def _bench_ablations(args):
+    for name in args.studies:
+        study(name, args.seeds or range(1 if args.quick else 3), args.quick, args.out, find_device(args.device))
+        print(f"wrote {Path(args.out)/name}.json", flush=True)
+
 # %% ../nbs/12_cli.ipynb #12-11
 def _info(args):
     import matplotlib, ot, safetensors
@@ -156,7 +162,7 @@ def _add_train(verb):
     return train
 
 def _add_bench(verb):
-    bench = verb("bench", None, "measure the Sinkhorn solver beside other libraries, or every method on the targets of the plane")
+    bench = verb("bench", None, "measure: the Sinkhorn solver beside other libraries, every method on the targets of the plane, the ablations")
     kinds = bench.add_subparsers(dest="what", required=True, metavar="WHAT")
     sinkhorn = kinds.add_parser("sinkhorn", help="time to accuracy beside other libraries; a JSON file with every point")
     plane = kinds.add_parser("2d", help="five targets, ten methods, W2 and SW2 (about ten minutes for each target, seed and kind of data)")
@@ -164,11 +170,14 @@ def _add_bench(verb):
     plane.add_argument("--data", nargs="+", choices=DATA, default=DATA, help="target samples: fresh without limit, or a fixed set (default: both)")
     plane.add_argument("--methods", nargs="+", choices=METHODS, default=COMPARED, metavar="METHOD", help=f"default: {', '.join(COMPARED)}; also torchcfm, where it is installed")
     plane.add_argument("--seeds", type=int, nargs="+", help="one run for each (default: 0 to 4; quick: 0 and 1)")
-    for v, call, out in ((sinkhorn, _bench_sinkhorn, "runs/speed"), (plane, _bench_2d, "runs/comparison")):
+    ablations = kinds.add_parser("ablations", help="one study a question: " + ", ".join(STUDIES))
+    ablations.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), metavar="STUDY", help="default: all")
+    ablations.add_argument("--seeds", type=int, nargs="+", help="one run for each (default: 0 to 2; quick: 0)")
+    for v, call, out in ((sinkhorn, _bench_sinkhorn, "runs/speed"), (plane, _bench_2d, "runs/comparison"), (ablations, _bench_ablations, "runs/ablations")):
         v.set_defaults(call=call)
         v.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything works")
         v.add_argument("--out", default=out, help=f"folder for the results (default: {out})")
-    return sinkhorn, plane
+    return sinkhorn, plane, ablations
 
 # %% ../nbs/12_cli.ipynb #12-14
 def _parser():

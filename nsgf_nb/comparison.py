@@ -104,7 +104,7 @@ def _train(name, c, target, data, seed, device, progress, folder, steps=None):
 def _row(c, target, models, result, seed, before):
     "What is written down of models that were just trained, one for each number of steps; `before`: seconds of what they learned from."
     e, short = c.experiment(target), models[0]
-    paths = draw(target, short, 100, 4_000_000 + seed, c.steps[0], trajectory=True)
+    paths = draw(target, short, 40, 4_000_000 + seed, c.steps[0], trajectory=True)
     measured = {}
     for steps, draws, model in zip(c.steps, c.sw2_draws, models):
         measured |= measure(dataclasses.replace(e, steps=(steps,), sw2_draws=(draws,)), model, result["floors"], seed)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nsgf_nb import ablations
+from nsgf_nb import ablations, matching
 from nsgf_nb.ablations import STUDIES, bias_and_spread, field_distance, matching_error, on_grid, read_study, study, time_grid
 from nsgf_nb.baselines import ot_partners
 from nsgf_nb.flow import euler, particle_flow
@@ -105,19 +105,24 @@ def test_full_and_quick_studies_ask_the_same_questions():
 
 # ---- the pools
 
-def test_pools_of_constant_step_and_of_annealed_blur():
-    y = torch.tensor([[3., 1.], [-3., -1.]])
-    settings = dict(pool_size=64, minibatch=16, flow_steps=4, train_steps=1, width=8, depth=1)
-    ours, constant, annealed = NSGF(**settings), ablations._Constant(**settings, eta=.25), ablations._Annealed(**settings, first_blur=.4, blur=.05)
-    assert ours._flow() == {} and constant._flow() == dict(eta=.25)
-    torch.testing.assert_close(torch.tensor(annealed._flow()["blur"]), torch.tensor([.4, .2, .1, .05]))
-    assert ablations._Annealed(flow_steps=1, first_blur=.4)._flow() == dict(blur=[.4])
-    # the pool's times are k/K, and dx/dt there is K times the step
-    way = particle_flow(torch.zeros(1, 2), y[:1], .1, .25, 4)
-    for k in range(4): torch.testing.assert_close(way[k + 1], (1 - .75**(k + 1))*y[:1])
-    for model in (ours, constant, annealed):
+def test_pools_of_constant_step_and_of_annealed_blur(monkeypatch):
+    pools, build = [], matching._build_pool
+    monkeypatch.setattr(matching, "_build_pool", lambda *args, **flow: pools.append(build(*args, **flow)) or pools[-1])
+    settings, y = dict(pool_size=64, minibatch=16, flow_steps=4), torch.tensor([[3., 1.], [-3., -1.]])
+    for model in (NSGF(**settings), ablations._Constant(**settings, eta=.25), ablations._Annealed(**settings, first_blur=.4, blur=.05)):
         x, t, v = next(model.batches(lambda n: y[torch.arange(n) % 2]))
-        assert x.shape == v.shape == (512 if model.config.batch_size == 512 else model.config.batch_size, 2) and 0 <= t.min() and t.max() < 1
+        assert x.shape == v.shape == (1024, 2) and 0 <= t.min() and t.max() < 1
+    ours, constant, annealed = (pool.flow for pool in pools)
+    assert ours["blur"] == constant["blur"] == .05 and constant["eta"] == .25
+    assert ours["eta"] == annealed["eta"] == [1/4, 1/3, 1/2, 1]
+    torch.testing.assert_close(torch.tensor(annealed["blur"]), torch.tensor([.4, .2, .1, .05]))
+    assert ablations._Annealed(flow_steps=1, blur=.05, first_blur=.4)._flow() == dict(blur=[.4])
+
+
+def test_constant_step_goes_so_much_of_the_way():
+    y = torch.tensor([[3., 1.]])
+    way = particle_flow(torch.zeros(1, 2), y, .1, .25, 4)
+    for k, x in enumerate(way): torch.testing.assert_close(x, (1 - .75**k)*y)
 
 
 # ---- the minibatch bias
@@ -132,11 +137,11 @@ def test_bias_and_spread_of_known_laws():
 
 def test_a_minibatch_of_one_has_its_own_pair():
     g, m = generator(), torch.tensor([1., -2.])
-    x, scale = torch.randn(16, 2, generator=g), .5
-    v, end = ablations._visits(x, 1, 4000, lambda n: m + scale*torch.randn(n, 2, generator=g), .3, g)
+    x, scale = torch.randn(128, 2, generator=g), .5
+    v, end = ablations._visits(x, 1, 50, lambda n: m + scale*torch.randn(n, 2, generator=g), .3, g)
     torch.testing.assert_close(end - x, v, atol=2e-3, rtol=2e-3)                # straight, and arrives
-    bias2, spread = bias_and_spread(v, (m - x).expand(2, 16, 2))
-    assert abs(bias2) < .002 and abs(spread - 2*scale**2) < .02
+    bias2, spread = bias_and_spread(v, (m - x).expand(2, 128, 2))
+    assert abs(bias2) < .005 and abs(spread - 2*scale**2) < .02
 
 
 def test_points_of_a_visit_are_where_they_belong():
@@ -159,13 +164,10 @@ def test_large_minibatches_lose_the_bias():
 def test_matching_error_leaves_the_noise_out():
     x = torch.randn(6000, 2, generator=generator())
     step = -x + .8*torch.randn(6000, 2, generator=generator(1))
-    states = torch.stack([x, x + step/2, x + step])                             # the second velocity is known from where it is, but for its noise
-    error, loss = matching_error(lambda x, t: -x + .5, states[:2]*torch.tensor(1.), 1)
-    assert loss > error
-    one = torch.stack([x, x + step])
-    error, loss = matching_error(lambda x, t: -x + .5, one, 1)
+    states = torch.stack([x, x + step])
+    error, loss = matching_error(lambda x, t: -x + .5, states, 1)
     assert abs(error - .5) < .08 and abs(loss - (.5 + 2*.64)) < .08
-    assert abs(matching_error(lambda x, t: -x, one, 1)[0]) < .08
+    assert abs(matching_error(lambda x, t: -x, states, 1)[0]) < .08
 
 
 def test_matching_error_never_pairs_a_minibatch_with_itself():
