@@ -39,7 +39,7 @@ class _Budget:
     w2_points: int = 1024      # of the floor of W2, which stands beside that of SW2
     large: int = 20_000        # particles of the flow that the minibatches are compared with
     queries: int = 128         # points at which they are compared
-    rounds: int = 32           # minibatches that each of them visits, fewer where these are large
+    rounds: int = 64           # minibatches that each of them visits, fewer where these are large
     held_out: int = 2**15      # pairs of the pool on which the matching error is measured
     states: int = 20_000       # at which two fields are compared, at each time
     quick: bool = False        # of the values that are varied, only the first and the last
@@ -120,27 +120,28 @@ def _quality(lab, config, seed):
 
 # %% ../nbs/11b_ablations.ipynb #11b-15
 def bias_and_spread(
-    v:Tensor,          # estimates (R, Q, D): R independent ones, at least 2, of Q vectors
-    references:Tensor, # (2, Q, D): two independent estimates without bias
-)->tuple:              # squared bias and variance, the means over the Q
-    "What the mean of many estimates is off by, squared, and how they scatter about it."
-    if len(v) < 2 or len(references) != 2: raise ValueError(f"v must hold at least 2 estimates and references 2, got {len(v)} and {len(references)}")
-    mean, spread = v.mean(0), v.var(0).sum(-1)
-    a, b = mean - references
-    return ((a*b).sum(-1) - spread/len(v)).mean().item(), spread.mean().item()
+    v:Tensor,     # of minibatches (2, R, Q, D): R ≥ 2 estimates of Q vectors, from each of two independent large batches
+    whole:Tensor, # of these large batches (2, Q, D)
+)->tuple:         # squared bias and variance, the means over the Q
+    "What the mean over minibatches is off by, squared, and how single ones scatter about it."
+    if len(v) != 2 or len(whole) != 2 or v.shape[1] < 2:
+        raise ValueError(f"v must hold at least 2 estimates from each of 2 batches, and whole one, got {tuple(v.shape)} and {tuple(whole.shape)}")
+    a, b = v.mean(1) - whole
+    return (a*b).sum(-1).mean().item(), v.var(1).sum(-1).mean().item()
 
 # %% ../nbs/11b_ablations.ipynb #11b-19
-def _visits(x, n, rounds, draw_y, blur, g, steps=5):
-    "First velocity and end of each point of x (Q, D) in `rounds` minibatches of n: (2, rounds, Q, D)."
-    Q, D = x.shape
-    m = max(d for d in range(1, Q + 1) if Q % d == 0 and (d == 1 or d <= n/128))    # points in a minibatch
-    found = x.new_empty(2, rounds, Q, D)
-    for r in range(rounds):
-        i = torch.randperm(Q, generator=g).view(-1, m)
-        xs = torch.cat([x[i], torch.randn(len(i), n - m, D, generator=g)], 1)
-        way = particle_flow(xs, draw_y(len(i)*n).unflatten(0, (-1, n)), blur, steps=steps, tol=1e-3)[:, :, :m].flatten(1, 2)
-        found[0, r, i.flatten()], found[1, r, i.flatten()] = (way[1] - way[0])*steps, way[-1]
+def _with(x, fresh, y, blur, m, g, steps=5):
+    "First velocity and end of each point of x (Q, D), in flows of m of them and the particles `fresh` (n − m, D) to y (n, D): (2, Q, D)."
+    i = torch.randperm(len(x), generator=g).view(-1, m)
+    way = particle_flow(torch.cat([x[i], fresh.expand(len(i), -1, -1)], 1), y, blur, steps=steps, tol=1e-3)[:, :, :m].flatten(1, 2)
+    found = x.new_empty(2, *x.shape)
+    found[:, i.flatten()] = torch.stack([(way[1] - way[0])*steps, way[-1]])
     return found
+
+def _visits(x, fresh, y, n, rounds, blur, g):
+    "The same in `rounds` minibatches of n, cut out of `fresh` and y (N, D) without overlap: (2, rounds, Q, D)."
+    m = max(d for d in range(1, len(x) + 1) if len(x) % d == 0 and (d == 1 or d <= n/32))
+    return torch.stack([_with(x, fresh[r*n:(r + 1)*n - m], y[r*n:(r + 1)*n], blur, m, g) for r in range(rounds)], 1)
 
 def _unit_target(b, g):
     "Draws of the target in coordinates where it has mean zero and scale one."
@@ -148,25 +149,24 @@ def _unit_target(b, g):
     return lambda n: k.to_model(sample_2d(b.target, n, g))
 
 # %% ../nbs/11b_ablations.ipynb #11b-20
-def _reference(lab, blur):
-    "The points, and their first velocities and ends in two flows of many particles: (Q, 2) and (2, 2, Q, 2)."
-    b, g = lab.b, torch.Generator().manual_seed(6_000_000)
-    x = torch.randn(b.queries, 2, generator=g)
+def _cut(lab, x, blur, seed, n):
+    "Visits of x in minibatches of n of large batch number `seed`, or in the whole of it: (2, rounds, Q, 2)."
+    b = lab.b
     def make(path):
-        start = time.perf_counter()
-        found = _visits(x, b.large, 2, _unit_target(b, g), blur, g)
-        save_tensors(path, dict(found=found), dict(seconds=time.perf_counter() - start))
-    return x, lab.kept("reference", dict(blur=blur, large=b.large, queries=b.queries), make)[1][0]["found"]
+        g = torch.Generator().manual_seed(6_000_000 + seed)
+        fresh, y = torch.randn(b.large, 2, generator=g), _unit_target(b, g)(b.large)
+        save_tensors(path, dict(found=_visits(x, fresh, y, n, min(b.rounds, b.large//n), blur, g)), {})
+    return lab.kept("flows", dict(blur=blur, seed=seed, n=n, large=b.large, queries=b.queries, rounds=b.rounds), make)[1][0]["found"]
 
 def _bias(lab, config, seed):
-    "Bias and spread of minibatches of one size, of the first velocity and of the end, with the mean square of what is estimated."
-    (x, (v, end)), start = _reference(lab, config["blur"]), time.perf_counter()
-    g, n = torch.Generator().manual_seed(7_000_000 + seed), config["n"]
-    first, last = _visits(x, n, max(2, min(lab.b.rounds, 4096//n)), _unit_target(lab.b, g), config["blur"], g)
-    def numbers(found, true, origin):
-        bias2, spread = bias_and_spread(found, true)
-        return dict(bias2=bias2, spread=spread, size2=((true[0] - origin)*(true[1] - origin)).sum(-1).mean().item())
-    return dict(first=numbers(first, v, 0.), end=numbers(last, end, x), seconds=dict(flows=time.perf_counter() - start))
+    "Bias and spread in minibatches of one size, of the first velocity and of the end, with the mean square of what is estimated; from this seed's large batch and the next one's."
+    x, start = torch.randn(lab.b.queries, 2, generator=torch.Generator().manual_seed(7_000_000)), time.perf_counter()
+    v, whole = (torch.stack([_cut(lab, x, config["blur"], s, n) for s in (seed, seed + 1)], 1) for n in (config["n"], lab.b.large))
+    def numbers(v, whole, origin):
+        bias2, spread = bias_and_spread(v, whole)
+        return dict(bias2=bias2, spread=spread, size2=((whole[0] - origin)*(whole[1] - origin)).sum(-1).mean().item())
+    first, end = (numbers(*u) for u in zip(v, whole[:, :, 0], (0., x)))
+    return dict(first=first, end=end, seconds=dict(flows=time.perf_counter() - start))
 
 # %% ../nbs/11b_ablations.ipynb #11b-24
 def _nearest(x, y, own, n):

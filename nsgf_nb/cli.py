@@ -128,7 +128,8 @@ def _bench_2d(args):
             floors = _floors(c, target, out)
             for data in args.data: compare(target, data, seed, c, args.methods, floors, out, device, not args.quick)
     for data in args.data:
-        for steps in c.steps: print(f"\nSW2 over its floor after {steps} Euler steps, {data} target samples\n\n{report_table(read_results(out, data), steps, methods=args.methods)}")
+        results = {target: rs for target, rs in read_results(out, data).items() if target in targets}
+        for steps in c.steps: print(f"\nSW2 over its floor after {steps} Euler steps, {data} target samples\n\n{report_table(results, steps, methods=args.methods)}")
     print(f"\nwrote {out}/")
 
 def _bench_ablations(args):
@@ -162,7 +163,7 @@ def _add_train(verb):
     return train
 
 def _add_bench(verb):
-    bench = verb("bench", None, "measure: the Sinkhorn solver beside other libraries, every method on the targets of the plane, the ablations")
+    bench = verb("bench", None, "measure the Sinkhorn solver beside other libraries, every method in the plane, or the ablations")
     kinds = bench.add_subparsers(dest="what", required=True, metavar="WHAT")
     sinkhorn = kinds.add_parser("sinkhorn", help="time to accuracy beside other libraries; a JSON file with every point")
     plane = kinds.add_parser("2d", help="five targets, ten methods, W2 and SW2 (about ten minutes for each target, seed and kind of data)")

@@ -178,7 +178,7 @@ def summarise(
         if not found: continue
         mean, sd, floor = statistics.mean(found), statistics.stdev(found) if len(found) > 1 else math.nan, results[0]["floors"][metric]["mean"]
         rows[name] = dict(mean=mean, sd=sd, ratio=mean/floor, ratio_sd=sd/floor, seeds=len(found))
-    best = min(rows.values(), key=lambda r: r["mean"])
+    best = min(rows.values(), key=lambda r: r["mean"], default=None)
     for r in rows.values(): r["marked"] = r is best or r["mean"] - best["mean"] <= math.sqrt((r["sd"]**2 + best["sd"]**2)/2)
     return rows
 

@@ -216,6 +216,12 @@ class JKOFlowConfig(_StagedConfig):
     particles: int = 2**16   # data that make the way together
 
 # %% ../nbs/09_gradient_flow_baselines.ipynb #09-36
+def _check_given(source, log_density):
+    "Do source and density come together?"
+    if source is not None and log_density is None: raise ValueError("log_density must come with source: JKO-Flow maximises a likelihood under the source, got None")
+    if source is None and log_density is not None: raise ValueError("log_density must be None where source is None: the source is then N(0, I) in the model's coordinates")
+    if log_density is not None and not callable(log_density): raise TypeError(f"log_density must be a function of points (n, *shape), got {type(log_density).__name__}")
+
 def _check_density(log_density, x):
     "Is it one number for each of the points x (n, *shape), finite where the source has mass?"
     found = log_density(x)
@@ -248,9 +254,7 @@ class JKOFlow(_Staged):
         log_density=None,   # of a source that is given: points (n, *shape) in the data's unit -> (n,), differentiable
     ):                      # the model itself
         "Learn from `source` to `data`, by way of the likelihood. After Ctrl-C the stages that were not finished stay at rest."
-        if source is not None and log_density is None: raise ValueError("log_density must come with source: JKO-Flow maximises a likelihood under the source, got None")
-        if source is None and log_density is not None: raise ValueError("log_density must be None where source is None: the source is then N(0, I) in the model's coordinates")
-        if log_density is not None and not callable(log_density): raise TypeError(f"log_density must be a function of points (n, *shape), got {type(log_density).__name__}")
+        _check_given(source, log_density)
         self.log_density = log_density
         return super().fit(data, source, progress, checkpoint)
 

@@ -87,7 +87,7 @@ def test_wrong_calls_are_refused_by_name(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="kind must be one of uniform, power, geometric"): time_grid("log", 3)
     with pytest.raises(ValueError, match="steps must be at least 1"): time_grid("uniform", 0)
     with pytest.raises(ValueError, match=r"value must be in \(0, 1\], got 1.5"): time_grid("geometric", 3, 1.5)
-    with pytest.raises(ValueError, match="at least 2 estimates"): bias_and_spread(torch.zeros(1, 3, 2), torch.zeros(2, 3, 2))
+    with pytest.raises(ValueError, match="at least 2 estimates"): bias_and_spread(torch.zeros(2, 1, 3, 2), torch.zeros(2, 3, 2))
     with pytest.raises(ValueError, match="at least 2 minibatches of 8"): matching_error(None, torch.zeros(3, 8, 2), 8)
 
 
@@ -128,35 +128,42 @@ def test_constant_step_goes_so_much_of_the_way():
 # ---- the minibatch bias
 
 def test_bias_and_spread_of_known_laws():
-    v = torch.tensor([.3, -.1]) + .7*torch.randn(5, 200_000, 2, generator=generator())
-    bias2, spread = bias_and_spread(v, .5*torch.randn(2, 200_000, 2, generator=generator(1)))
-    assert abs(bias2 - .1) < .005 and abs(spread - 2*.49) < .005
-    bias2, _ = bias_and_spread(v - torch.tensor([.3, -.1]), torch.zeros(2, 200_000, 2))
-    assert abs(bias2) < .003                                                    # nothing is left of 5 estimates' own noise
+    offset, noise = torch.tensor([.3, -.1]), .5*torch.randn(2, 200_000, 2, generator=generator(1))
+    v = offset + .7*torch.randn(2, 5, 200_000, 2, generator=generator())
+    for shared in (0., 1.):                                                     # the noise of a large batch is on its minibatches, or is not
+        bias2, spread = bias_and_spread(v + shared*noise[:, None], noise)
+        assert abs(bias2 - .1) < .005 and abs(spread - 2*.49) < .005
+    assert abs(bias_and_spread(v - offset, noise)[0]) < .003                    # nothing is left of 5 estimates' own noise
 
 
 def test_a_minibatch_of_one_has_its_own_pair():
-    g, m = generator(), torch.tensor([1., -2.])
-    x, scale = torch.randn(128, 2, generator=g), .5
-    v, end = ablations._visits(x, 1, 50, lambda n: m + scale*torch.randn(n, 2, generator=g), .3, g)
-    torch.testing.assert_close(end - x, v, atol=2e-3, rtol=2e-3)                # straight, and arrives
-    bias2, spread = bias_and_spread(v, (m - x).expand(2, 128, 2))
-    assert abs(bias2) < .005 and abs(spread - 2*scale**2) < .02
+    g, m, scale = generator(), torch.tensor([1., -2.]), .5
+    x, fresh = torch.randn(128, 2, generator=g), torch.randn(50, 2, generator=g)
+    v = []
+    for _ in range(2):
+        y = m + scale*torch.randn(50, 2, generator=g)
+        first, end = ablations._visits(x, fresh, y, 1, 50, .3, g)
+        torch.testing.assert_close(first, y[:, None] - x, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(end, y[:, None].expand(50, 128, 2), atol=2e-3, rtol=2e-3)
+        v.append(first)
+    bias2, spread = bias_and_spread(torch.stack(v), torch.stack([u.mean(0) for u in v]) + torch.tensor([.1, 0.]))
+    assert abs(bias2 - .01) < 1e-4 and abs(spread - 2*scale**2) < .15
 
 
 def test_points_of_a_visit_are_where_they_belong():
-    g, x = generator(), 10.*torch.arange(8.).view(8, 1).expand(8, 2) + 100
-    v, end = ablations._visits(x.contiguous(), 256, 2, lambda n: torch.zeros(n, 2), .1, g)
+    x = (10.*torch.arange(8.).view(8, 1) + 100).repeat(1, 2)
+    v, end = ablations._visits(x, torch.randn(512, 2, generator=generator()), torch.zeros(512, 2), 256, 2, .1, generator())
     torch.testing.assert_close(end, torch.zeros(2, 8, 2), atol=1, rtol=0)       # one point attracts all
     assert ((v/-x).sub(1).abs() < .05).all()                                    # each by its own way
 
 
 def test_large_minibatches_lose_the_bias():
-    g, blur = generator(), 1.
-    x, draw = torch.randn(16, 2, generator=g), lambda n: torch.randn(n, 2, generator=g)
-    errors = [bias_and_spread(ablations._visits(x, n, 32, draw, blur, g)[0], torch.zeros(2, 16, 2)) for n in (1, 8, 128)]
-    assert errors[0][0] > 10*errors[1][0] > 0 and errors[1][1] > 8*errors[2][1] # N(0, I) to itself: the true velocity is zero
-    assert abs(errors[2][0]) < .01
+    g, errors = generator(), []
+    x, fresh, y = torch.randn(16, 2, generator=g), torch.randn(2, 1024, 2, generator=g), torch.randn(2, 1024, 2, generator=g)
+    for n in (1, 8, 64):                                                        # N(0, I) to itself: the true velocity is zero
+        v = torch.stack([ablations._visits(x, a, b, n, 16, 1., g)[0] for a, b in zip(fresh, y)])
+        errors.append(bias_and_spread(v, torch.zeros(2, 16, 2)))
+    assert errors[0][0] > 5*errors[1][0] and errors[1][1] > 4*errors[2][1] and abs(errors[2][0]) < .03
 
 
 # ---- the matching error
