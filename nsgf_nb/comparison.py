@@ -179,7 +179,9 @@ def summarise(
         mean, sd, floor = statistics.mean(found), statistics.stdev(found) if len(found) > 1 else math.nan, results[0]["floors"][metric]["mean"]
         rows[name] = dict(mean=mean, sd=sd, ratio=mean/floor, ratio_sd=sd/floor, seeds=len(found))
     best = min(rows.values(), key=lambda r: r["mean"], default=None)
-    for r in rows.values(): r["marked"] = r is best or r["mean"] - best["mean"] <= math.sqrt((r["sd"]**2 + best["sd"]**2)/2)
+    for r in rows.values():
+        squares = [sd**2 for sd in (r["sd"], best["sd"]) if sd == sd]            # of one seed there is none
+        r["marked"] = r is best or bool(squares) and r["mean"] - best["mean"] <= math.sqrt(sum(squares)/len(squares))
     return rows
 
 # %% ../nbs/11_comparison.ipynb #11-21
