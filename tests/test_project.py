@@ -185,6 +185,6 @@ def test_numbers_shown_are_those_of_the_results(name):
     from nbclient import NotebookClient
     path = root/"nbs"/f"{name}.ipynb"
     again = NotebookClient(nbformat.read(path, 4), timeout=300, kernel_name="python3", resources=dict(metadata=dict(path=root/"nbs"))).execute()
-    def said(cell): return [o.get("text", "") or o.get("data", {}).get("text/markdown", "") for o in cell.get("outputs", []) if o.get("name") != "stderr"]
+    def said(cell): return "".join(o.get("text", "") or o.get("data", {}).get("text/markdown", "") for o in cell.get("outputs", []) if o.get("name") != "stderr")
     for before, now in zip(nbformat.read(path, 4).cells, again.cells):
         if not re.search(r"^#\|\s*eval:\s*false", before.source, re.M): assert said(now) == said(before), before.source
