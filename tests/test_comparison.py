@@ -148,6 +148,7 @@ def test_tables_in_the_notebook_are_those_of_the_results(data):
     found, text = read_results(root/"nbs"/"results"/"comparison", data), shown(root/"nbs"/"20b_comparison.ipynb")
     for steps in (10, 100):
         for metric in ("sw2", "w2"): assert report_table(found, steps, metric) in text
+    if data == "fresh": assert report_table(found, 10) in (root/"README.md").read_text(encoding="utf-8")
 
 
 def test_results_are_whole():
