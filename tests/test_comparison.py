@@ -1,4 +1,5 @@
 """The comparison: it takes up what is there, refuses what is not its own, does its arithmetic, and the notebook shows what its JSONs say."""
+import dataclasses
 import json
 import math
 import re
@@ -132,6 +133,14 @@ def test_the_command(command, tmp_path):
     assert code == 0 and re.search(r"\| NSGF \| .*\d\.\d\d ± \d", out) and f"wrote {tmp_path/'q'}/" in out
     assert sorted(p.name for p in (tmp_path/"q"/"fixed"/"moons").iterdir()) == ["seed0", "seed0.json", "seed1", "seed1.json"]
     fails(command("nsgf", "bench", "2d", "--targets", "moons", "--methods", "NSGF", "--seeds", "0", "--out", tmp_path/"q"), "another protocol")
+
+
+def test_floors_of_another_protocol_are_measured_again(tmp_path):
+    from nsgf_nb.cli import _floors
+    first = _floors(QUICK, "moons", tmp_path)
+    assert _floors(QUICK, "moons", tmp_path) == first and first["w2"]["pairs"] == 3
+    more = dataclasses.replace(QUICK, floor_pairs=4)
+    assert _floors(more, "moons", tmp_path)["sw2"]["pairs"] == 4 and json.loads((tmp_path/"floors-moons.json").read_text())["w2"]["pairs"] == 4
 
 
 # ---- what the notebook shows
