@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from .baselines import OTCFM, ot_partners
 from .data import sample_2d
-from .experiment import Experiment, draw, measure_floors
+from .experiment import Experiment, _begun, _kept_floors, _samples, draw
 from .files import load_tensors, made_with, save_tensors, writable_folder, write_json
 from .flow import particle_flow
 from .matching import NSGF, NSGFConfig, _Coordinates, _build_pool, _start, find_device
@@ -83,8 +83,7 @@ class _Lab:
 
     def data(self, samples, seed):
         "The target as a model gets it: a fixed set, or fresh draws where `samples` is 0."
-        stream = torch.Generator().manual_seed(3_000_000 + seed)
-        return sample_2d(self.b.target, samples, 5_000_000 + seed) if samples else lambda n: sample_2d(self.b.target, n, stream)
+        return _samples(self.b.target, seed, samples)[0]
 
     def kept(self, what, about, make):
         "Tensors and text from the file that belongs to `about`; `make(path)` writes it first where it is not there."
@@ -296,20 +295,11 @@ def _configs(name, b):
 _NUMBERS = dict(bias=_bias, matching=_matching, retiming=_retiming, grids=_grids)     # of a row; `_quality` for the others
 
 # %% ../nbs/11b_ablations.ipynb #11b-43
-def _begun(path, name, b, floors):
-    "The rows so far, or none yet; those of another budget are refused."
-    command = f"nsgf bench ablations --studies {name}{' --quick' if b.quick else ''}"
-    if not path.exists(): return dict(study=name, varies=STUDIES[name], command=command, protocol=dataclasses.asdict(b), floors=floors, rows=[])
-    result = json.loads(path.read_text())
-    if result["protocol"] != dataclasses.asdict(b): raise ValueError(f"{path} was made by another protocol: choose another folder, or remove it")
-    return result
-
-def _floors(b, folder):
-    "The floors of the target, measured once for all studies."
-    path = folder/f"floors-{b.target}.json"
+def _nothing_yet(name, b, folder, floors, progress):
+    "The results of a study before its first row."
     e = Experiment(b.target, NSGFConfig(), floor_pairs=b.floor_pairs, w2_points=b.w2_points, sw2_points=b.sw2_points)
-    if not path.exists(): write_json(path, measure_floors(e))
-    return json.loads(path.read_text())
+    return dict(study=name, varies=STUDIES[name], command=f"nsgf bench ablations --studies {name}{' --quick' if b.quick else ''}",
+        protocol=dataclasses.asdict(b), floors=floors or _kept_floors(e, folder, progress), rows=[])
 
 # %% ../nbs/11b_ablations.ipynb #11b-44
 def study(
@@ -325,7 +315,7 @@ def study(
     if name not in STUDIES: raise ValueError(f"studies must be among {', '.join(STUDIES)}, got {name!r}")
     b, folder, device = _QUICK if quick else _Budget(), writable_folder(out), find_device(device)
     path = folder/f"{name}.json"
-    result = _begun(path, name, b, floors or _floors(b, folder))
+    result = _begun(path, _nothing_yet(name, b, folder, floors, progress))
     lab, there = _Lab(b, folder, device, result["floors"]), [(r["config"], r["seed"]) for r in result["rows"]]
     todo = [(config, seed) for seed in seeds for config in _configs(name, b) if (config, seed) not in there]
     for config, seed in tqdm(todo, desc=name, disable=not progress, mininterval=.5):

@@ -14,7 +14,7 @@ from .ablations import STUDIES, study
 from .comparison import COMPARED, DATA, METHODS, Comparison, QUICK, compare, read_results, report_table
 from .data import TARGETS, load_images, sample_2d
 from .experiment import DEMO, EXPERIMENTS, _report, draw, measure, measure_floors, run
-from .files import made_with, writable_folder, write_json
+from .files import made_with, writable_folder
 from .image_experiment import IMAGE_EXPERIMENTS, load_model, measure_images, report_images, run_images, sample_images, save_sheet
 from .image_metrics import _SETTINGS, make_classifier
 from .matching import NSGF, find_device
@@ -112,22 +112,14 @@ def _bench_sinkhorn(args):
     bench(path=path, device=str(device), quick=args.quick, made_with=made_with(device))
     print(f"wrote {path}")
 
-def _floors(c, target, folder):
-    "The floors of a target, which are measured once for all seeds and methods."
-    path = writable_folder(folder)/f"floors-{target}.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    if {k: (f["n"], f["pairs"]) for k, f in found.items()} != dict(w2=(c.w2_points, c.floor_pairs), sw2=(c.sw2_points, c.floor_pairs)):
-        print(f"{target}: measuring the floors …", flush=True)
-        write_json(path, found := measure_floors(c.experiment(target)))
-    return found
+
 
 def _bench_2d(args):
     c, out, device = QUICK if args.quick else Comparison(), Path(args.out), find_device(args.device)
     targets = args.targets or (("moons", "8gaussians-moons") if args.quick else TARGETS)
     for seed in args.seeds or range(2 if args.quick else 5):
         for target in targets:
-            floors = _floors(c, target, out)
-            for data in args.data: compare(target, data, seed, c, args.methods, floors, out, device, not args.quick)
+            for data in args.data: compare(target, data, seed, c, args.methods, None, out, device, not args.quick)
     for data in args.data:
         results = {target: rs for target, rs in read_results(out, data).items() if target in targets}
         for steps in c.steps: print(f"\nSW2 over its floor after {steps} Euler steps, {data} target samples\n\n{report_table(results, steps, methods=args.methods)}")

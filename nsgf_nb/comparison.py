@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from .baselines import OTCFM, OTCFMConfig, RectifiedFlow, SI
-from .data import TARGETS, sample_2d, source_2d
-from .experiment import Experiment, _along_the_way, draw, measure, measure_floors
+from .data import TARGETS, sample_2d
+from .experiment import Experiment, _along_the_way, _begun, _kept_floors, _samples, draw, measure
 from .files import made_with, writable_folder, write_json
 from .gradient_flow_baselines import EPT, JKOFlow, SlicedWassersteinFlow
 from .matching import NSGF, NSGFConfig, _Batches, find_device
@@ -79,12 +79,7 @@ def _log_density(x):
     centres = 5*torch.stack([angle.cos(), angle.sin()], 1).to(x.device)
     return (-torch.cdist(x, centres).square()/.2).logsumexp(1) - math.log(8*2*math.pi*.1)
 
-def _samples(c, target, data, seed):
-    "The target as the models get it, and the source where it is not normal."
-    stream = torch.Generator().manual_seed(3_000_000 + seed)
-    def fresh(n): return sample_2d(target, n, stream)
-    def source(n): return source_2d(target, n, stream)
-    return sample_2d(target, c.fixed, 5_000_000 + seed) if data == "fixed" else fresh, source if target == "8gaussians-moons" else None
+
 
 # %% ../nbs/11_comparison.ipynb #11-16
 def _train(name, c, target, data, seed, device, progress, folder, steps=None):
@@ -94,7 +89,7 @@ def _train(name, c, target, data, seed, device, progress, folder, steps=None):
     if path.exists():
         there = kind.load(path, device)
         if there.config == model.config: return there
-    samples, source = _samples(c, target, data, seed)
+    samples, source = _samples(target, seed, c.fixed if data == "fixed" else 0)
     more = dict(teacher=_train(_BEFORE[name], c, target, data, seed, device, progress, folder)) if name in _BEFORE else {}
     if kind is JKOFlow and source: more = dict(log_density=_log_density)
     model.fit(samples, source, progress=progress, **more).save(path)
@@ -116,14 +111,7 @@ def _row(c, target, models, result, seed, before):
 
 def _plain(config): return json.loads(json.dumps(dataclasses.asdict(config)))
 
-def _begun(path, c, target, data, seed, floors):
-    "The results so far, or none yet; those of another protocol are refused."
-    if not path.exists():
-        return dict(target=target, data=data, seed=seed, command=f"nsgf bench 2d --targets {target} --data {data} --seeds {seed}",
-                    protocol=_plain(c), floors=floors, methods={})
-    result = json.loads(path.read_text())
-    if result["protocol"] != _plain(c): raise ValueError(f"{path} was made by another protocol: choose another folder, or remove it")
-    return result
+
 
 # %% ../nbs/11_comparison.ipynb #11-18
 def compare(
@@ -132,7 +120,7 @@ def compare(
     seed:int=0,              # of data, training and measuring
     c:Comparison=Comparison(), # the budget and the protocol
     methods=COMPARED,        # names of `METHODS`
-    floors:dict=None,        # from `measure_floors`; measured here where None
+    floors:dict=None,        # from `measure_floors`; those in out/floors-<target>.json where None, measured first if need be
     out="runs/comparison",   # the numbers go to out/data/target/seed<seed>.json, and what is there already is not done again
     device=None,             # where to compute; a GPU if there is one
     progress:bool=True,      # bars
@@ -143,7 +131,8 @@ def compare(
     if data not in DATA: raise ValueError(f"data must be one of {', '.join(DATA)}, got {data!r}")
     folder, device = writable_folder(Path(out)/data/target/f"seed{seed}"), find_device(device)
     path = folder.with_suffix(".json")
-    result = _begun(path, c, target, data, seed, floors or measure_floors(c.experiment(target)))
+    result = _begun(path, dict(target=target, data=data, seed=seed, command=f"nsgf bench 2d --targets {target} --data {data} --seeds {seed}",
+        protocol=_plain(c), floors=floors or _kept_floors(c.experiment(target), out, progress), methods={}))
     for name in METHODS:
         if name in result["methods"] or name not in methods: continue
         if progress: print(f"{target}, {data}, seed {seed}: {name}", flush=True)

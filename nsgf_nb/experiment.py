@@ -6,7 +6,7 @@
 __all__ = ['EXPERIMENTS', 'DEMO', 'Experiment', 'measure_floors', 'draw', 'measure', 'run']
 
 # %% ../nbs/10_experiment.ipynb #10-04
-import dataclasses, time
+import dataclasses, json, time
 from dataclasses import dataclass
 from pathlib import Path
 from torch import Tensor
@@ -43,6 +43,15 @@ def measure_floors(
     sizes = {"w2": (w2, e.w2_points), "sw2": (sw2, e.sw2_points)}
     found = {name: floor(metric, draw_target, n, e.floor_pairs) for name, (metric, n) in sizes.items()}
     return {name: dict(mean=f.mean, se=f.se, pairs=e.floor_pairs, n=sizes[name][1]) for name, f in found.items()}
+
+def _kept_floors(e, folder, progress):
+    "The floors of a target, measured once for all results in `folder`; those of another protocol are measured again."
+    path = Path(folder)/f"floors-{e.target}.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if {k: (f["n"], f["pairs"]) for k, f in found.items()} != dict(w2=(e.w2_points, e.floor_pairs), sw2=(e.sw2_points, e.floor_pairs)):
+        if progress: print(f"{e.target}: measuring the floors …", flush=True)
+        write_json(path, found := measure_floors(e))
+    return found
 
 # %% ../nbs/10_experiment.ipynb #10-10
 def draw(
@@ -89,13 +98,23 @@ def _along_the_way(e, model, draws=5, steps=None):
     return [sum(w2(x[k], y) for x, y in zip(xs, ys))/draws for k in range(len(xs[0]))]
 
 # %% ../nbs/10_experiment.ipynb #10-15
+def _samples(target, seed, fixed=0):
+    "The target as a model gets it, fresh draws or a fixed number of them, and the source where it is not normal."
+    stream = torch.Generator().manual_seed(3_000_000 + seed)
+    def fresh(n): return sample_2d(target, n, stream)
+    def source(n): return source_2d(target, n, stream)
+    return sample_2d(target, fixed, 5_000_000 + seed) if fixed else fresh, source if target == "8gaussians-moons" else None
+
+def _begun(path, new):
+    "The results in the file at `path`, or `new` where there is none yet; those of another protocol are refused."
+    if not path.exists(): return new
+    result = json.loads(path.read_text())
+    if result["protocol"] != new["protocol"]: raise ValueError(f"{path} was made by another protocol: choose another folder, or remove it")
+    return result
+
 def _train(e, seed, device, progress, folder):
     model = NSGF(e.config, device=device, seed=seed)
-    stream = torch.Generator().manual_seed(3_000_000 + seed)
-    def data(n): return sample_2d(e.target, n, stream)
-    def given(n): return source_2d(e.target, n, stream)
-    source = given if e.target == "8gaussians-moons" else None
-    try: model.fit(data, source, progress=progress)
+    try: model.fit(*_samples(e.target, seed), progress=progress)
     except KeyboardInterrupt:
         (folder/"result.json").unlink(missing_ok=True)      # of an earlier run: not these weights' numbers
         if model.net is not None: model.save(folder/"model.safetensors"); print(f"interrupted; the weights so far are in {folder/'model.safetensors'}")

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 from .matching import TrainConfig, VelocityModel, _check_sample, _check_setting, _Deck, _ema, _lr_factor, _samplers, _seeded, _watch
+from .models import _check
 
 # %% ../nbs/09_gradient_flow_baselines.ipynb #09-07
 class _Chain(nn.Module):
@@ -21,7 +22,7 @@ class _Chain(nn.Module):
     def __init__(self, stages, shape): super().__init__(); self.stages, self.shape = nn.ModuleList(stages), tuple(shape)
 
     def forward(self, x, t):
-        if x.shape[1:] != self.shape: raise ValueError(f"x must be of shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
+        _check(x, self.shape)
         K, z = len(self.stages), x.flatten(1)
         s = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x))*K
         turn = (s + 1e-3).floor().clamp(0, K - 1)             # in float32, 29/100·100 is a hair below 29

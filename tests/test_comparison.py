@@ -13,6 +13,7 @@ from conftest import fails
 import nsgf_nb.comparison as comparison
 from nsgf_nb.comparison import COMPARED, METHODS, QUICK, Comparison, compare, read_results, report_table, summarise
 from nsgf_nb.data import TARGETS, sample_2d
+from nsgf_nb.experiment import _kept_floors
 
 root = Path(__file__).resolve().parent.parent
 FLOORS = dict(w2=dict(mean=.5, se=.1, pairs=2, n=128), sw2=dict(mean=.1, se=.01, pairs=2, n=500))
@@ -136,11 +137,11 @@ def test_the_command(command, tmp_path):
 
 
 def test_floors_of_another_protocol_are_measured_again(tmp_path):
-    from nsgf_nb.cli import _floors
-    first = _floors(QUICK, "moons", tmp_path)
-    assert _floors(QUICK, "moons", tmp_path) == first and first["w2"]["pairs"] == 3
+    def floors(c): return _kept_floors(c.experiment("moons"), tmp_path, False)
+    first = floors(QUICK)
+    assert floors(QUICK) == first and first["w2"]["pairs"] == 3
     more = dataclasses.replace(QUICK, floor_pairs=4)
-    assert _floors(more, "moons", tmp_path)["sw2"]["pairs"] == 4 and json.loads((tmp_path/"floors-moons.json").read_text())["w2"]["pairs"] == 4
+    assert floors(more)["sw2"]["pairs"] == 4 and json.loads((tmp_path/"floors-moons.json").read_text())["w2"]["pairs"] == 4
 
 
 # ---- what the notebook shows
