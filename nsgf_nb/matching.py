@@ -465,7 +465,7 @@ def _start(model, n, seed):
 def _rows(model):
     "How many samples go through the network at once."
     c, cpu = model.config, model.device.type == "cpu"
-    if not c.channels: return 4096 if cpu else 2**17
+    if not c.channels: return 2048 if cpu else 2**17
     return max(16, (2**22 if cpu else 2**27)//(c.channels*math.prod(model.coordinates.shape[1:])))
 
 # %% ../nbs/05_matching.ipynb #05-48
