@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .baselines import OTCFM, ot_partners
 from .data import sample_2d
 from .experiment import Experiment, _begun, _kept_floors, _samples, draw
-from .files import load_tensors, made_with, save_tensors, writable_folder, write_json
+from .files import load_tensors, made_with, read_json, save_tensors, writable_folder, write_json
 from .flow import particle_flow
 from .matching import NSGF, NSGFConfig, _Coordinates, _build_pool, _start, find_device
 from .metrics import Estimate, ratio, sw2
@@ -330,4 +330,4 @@ def read_study(
     "What `study` wrote; `FileNotFoundError` with the command that makes it where it is not there."
     path = Path(out)/f"{name}.json"
     if not path.exists(): raise FileNotFoundError(f"{path} is not there: nsgf bench ablations --studies {name} makes it")
-    return json.loads(path.read_text())
+    return read_json(path)

@@ -6,7 +6,8 @@
 __all__ = ['main']
 
 # %% ../nbs/12_cli.ipynb #12-04
-import argparse, json, os, platform, sys
+import argparse, os, platform, signal, sys, threading
+from contextlib import contextmanager
 from pathlib import Path
 import torch
 import nsgf_nb
@@ -14,9 +15,10 @@ from .ablations import STUDIES, study
 from .comparison import COMPARED, DATA, METHODS, Comparison, QUICK, compare, read_results, report_table
 from .data import TARGETS, load_images, sample_2d
 from .experiment import DEMO, EXPERIMENTS, _report, draw, measure, measure_floors, run
-from .files import made_with, writable_folder
+from .files import made_with, read_json, writable_folder
 from .image_experiment import IMAGE_EXPERIMENTS, load_model, measure_images, report_images, run_images, sample_images, save_sheet
 from .image_metrics import _SETTINGS, make_classifier
+from .long_runs import Terminated
 from .matching import NSGF, find_device
 from .nsgfpp import PARTS
 
@@ -60,7 +62,7 @@ def _target_of(path, target):
     "The target that a model was trained on: as told, or as the result.json beside it says."
     beside = Path(path).parent/"result.json"
     if target is not None or not beside.is_file(): return target
-    try: return json.loads(beside.read_text())["protocol"]["target"]
+    try: return read_json(beside)["protocol"]["target"]
     except (KeyError, TypeError, ValueError): raise ValueError(f"{beside} is no result of nsgf train: name the target with --target") from None
 
 def _save_array(x, path):
@@ -87,7 +89,7 @@ def _sample(args):
 # %% ../nbs/12_cli.ipynb #12-09
 def _evaluate_images(args, model):
     beside = Path(args.path).parent/"result.json"
-    name = json.loads(beside.read_text()).get("experiment") if beside.is_file() else args.path
+    name = read_json(beside).get("experiment") if beside.is_file() else args.path
     if name not in IMAGE_EXPERIMENTS: raise ValueError(f"what {args.path} was trained on is not known: no result.json of nsgf train beside it, and no weights of that name come with the package")
     e = IMAGE_EXPERIMENTS[name]
     print(f"{args.path} against {e.data}: sampling and measuring …", flush=True)
@@ -200,13 +202,26 @@ def _parser():
     return p
 
 # %% ../nbs/12_cli.ipynb #12-15
+def _terminate(number, frame): raise Terminated("SIGTERM")
+
+@contextmanager
+def _sigterm():
+    "SIGTERM goes the way of Ctrl-C, for as long as it lasts."
+    if threading.current_thread() is not threading.main_thread(): yield; return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try: yield
+    finally: signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
 def main(
     argv:list=None, # the words after `nsgf`; those of the process where None
-)->int:             # 0, or 1 for a failure; a wrong call raises SystemExit(2)
+)->int:             # 0; 1 for a failure, 130 after Ctrl-C, 143 after SIGTERM; a wrong call raises SystemExit(2)
     "The `nsgf` command."
     args = _parser().parse_args(argv)
-    try: args.call(args)
-    except KeyboardInterrupt as e: print(f"nsgf: interrupted{': ' if str(e) else ''}{e}", file=sys.stderr); return 1
-    except (ValueError, TypeError, RuntimeError, ArithmeticError, OSError, ImportError) as e:
+    try:
+        with _sigterm(): args.call(args)
+    except KeyboardInterrupt as e:
+        print(f"nsgf: interrupted{': ' if str(e) else ''}{e}", file=sys.stderr)
+        return 143 if isinstance(e, Terminated) else 130
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, OSError, ImportError, MemoryError) as e:
         print(f"nsgf: {str(e) or type(e).__name__}", file=sys.stderr); return 1
     return 0

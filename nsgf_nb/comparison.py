@@ -13,7 +13,7 @@ import torch
 from .baselines import OTCFM, OTCFMConfig, RectifiedFlow, SI
 from .data import TARGETS, sample_2d
 from .experiment import Experiment, _along_the_way, _begun, _kept_floors, _samples, draw, measure
-from .files import made_with, writable_folder, write_json
+from .files import made_with, read_json, writable_folder, write_json
 from .gradient_flow_baselines import EPT, JKOFlow, SlicedWassersteinFlow
 from .matching import NSGF, NSGFConfig, _Batches, find_device
 from .nsgfpp import StraightFlow
@@ -150,7 +150,7 @@ def read_results(
     data:str,    # "fresh" or "fixed"
 )->dict:         # target -> list of what `compare` returned, by seed
     "All results of one kind of data; `FileNotFoundError` where there are none."
-    found = {target: [json.loads(p.read_text()) for p in sorted(Path(out, data, target).glob("seed*.json"))] for target in TARGETS}
+    found = {target: [read_json(p) for p in sorted(Path(out, data, target).glob("seed*.json"))] for target in TARGETS}
     if not any(found.values()): raise FileNotFoundError(f"no results of nsgf bench 2d in {Path(out, data)}")
     return {target: rs for target, rs in found.items() if rs}
 

@@ -6,13 +6,14 @@
 __all__ = ['EXPERIMENTS', 'DEMO', 'Experiment', 'measure_floors', 'draw', 'measure', 'run']
 
 # %% ../nbs/10_experiment.ipynb #10-04
-import dataclasses, json, time
+import dataclasses, time
 from dataclasses import dataclass
 from pathlib import Path
 from torch import Tensor
 import torch
 from .data import TARGETS, sample_2d, show_paths, source_2d
-from .files import made_with, writable_folder, write_json
+from .files import made_with, read_json, writable_folder, write_json
+from .long_runs import Checkpoint
 from .matching import NSGF, NSGFConfig
 from .metrics import Estimate, floor, ratio, sw2, w2
 
@@ -47,7 +48,7 @@ def measure_floors(
 def _kept_floors(e, folder, progress):
     "The floors of a target, measured once for all results in `folder`; those of another protocol are measured again."
     path = Path(folder)/f"floors-{e.target}.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = read_json(path) if path.exists() else {}
     if {k: (f["n"], f["pairs"]) for k, f in found.items()} != dict(w2=(e.w2_points, e.floor_pairs), sw2=(e.sw2_points, e.floor_pairs)):
         if progress: print(f"{e.target}: measuring the floors …", flush=True)
         write_json(path, found := measure_floors(e))
@@ -103,21 +104,22 @@ def _samples(target, seed, fixed=0):
     stream = torch.Generator().manual_seed(3_000_000 + seed)
     def fresh(n): return sample_2d(target, n, stream)
     def source(n): return source_2d(target, n, stream)
+    for f in (fresh, source): f.get_state, f.set_state = stream.get_state, stream.set_state
     return sample_2d(target, fixed, 5_000_000 + seed) if fixed else fresh, source if target == "8gaussians-moons" else None
 
 def _begun(path, new):
     "The results in the file at `path`, or `new` where there is none yet; those of another protocol are refused."
     if not path.exists(): return new
-    result = json.loads(path.read_text())
+    result = read_json(path)
     if result["protocol"] != new["protocol"]: raise ValueError(f"{path} was made by another protocol: choose another folder, or remove it")
     return result
 
 def _train(e, seed, device, progress, folder):
     model = NSGF(e.config, device=device, seed=seed)
-    try: model.fit(*_samples(e.target, seed), progress=progress)
+    try: model.fit(*_samples(e.target, seed), progress=progress, checkpoint=folder/"training.checkpoint")
     except KeyboardInterrupt:
         (folder/"result.json").unlink(missing_ok=True)      # of an earlier run: not these weights' numbers
-        if model.net is not None: model.save(folder/"model.safetensors"); print(f"interrupted; the weights so far are in {folder/'model.safetensors'}")
+        if model.net is not None: model.save(folder/"model.safetensors"); print(f"interrupted; the weights so far are in {folder/'model.safetensors'}, and the same command goes on from there")
         raise
     model.save(folder/"model.safetensors")
     return model
@@ -151,6 +153,7 @@ def run(
         seconds=dict(model.seconds, measuring=time.perf_counter() - trained, total=time.perf_counter() - start))
     write_json(folder/"result.json", result)
     _draw_paths(e, model, folder/"paths.png")
+    Checkpoint(folder/"training.checkpoint").remove()
     return result
 
 # %% ../nbs/10_experiment.ipynb #10-18

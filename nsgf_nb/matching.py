@@ -6,10 +6,9 @@
 __all__ = ['Fitted', 'fit', 'as_sampler', 'TrainConfig', 'NSGFConfig', 'find_device', 'VelocityModel', 'NSGF']
 
 # %% ../nbs/05_matching.ipynb #05-04
-import dataclasses, json, math, time, warnings
-from contextlib import contextmanager
+import dataclasses, hashlib, json, math, time, warnings
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 import torch
 from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel
@@ -17,6 +16,7 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 from .files import load_tensors, save_tensors
 from .flow import TrajectoryPool, integrate
+from .long_runs import Checkpoint, all_finite, check_loss, explain_memory, locked, room_for, stopping
 from .models import MLP, UNet
 from .sinkhorn import check_points
 
@@ -27,7 +27,7 @@ class Fitted:
     net: nn.Module     # the averaged network
     losses: Tensor     # loss of every step (steps,), on the CPU
     seconds: float     # wall time, that before a stop included
-    interrupted: bool  # ended by Ctrl-C?
+    interrupted: type  # KeyboardInterrupt after Ctrl-C, its child Terminated after SIGTERM, None at the end
 
 # %% ../nbs/05_matching.ipynb #05-08
 def _lr_factor(i, steps):
@@ -40,12 +40,11 @@ def _ema(decay):
     return update
 
 # %% ../nbs/05_matching.ipynb #05-09
-def _watch(i, loss, bar):
-    "Show the loss; stop where it is no number."
+def _watch(i, loss, bar, kept=""):
+    "Stop where the loss is no number; show it now and then."
     value = loss.item()
-    if not math.isfinite(value):
-        raise FloatingPointError(f"the loss is {value} at step {i}: try a smaller learning rate, or look for outliers in the data")
-    bar.set_postfix(loss=f"{value:.4f}", refresh=False)
+    check_loss(value, i, kept)
+    if i % 50 == 0: bar.set_postfix(loss=f"{value:.4f}", refresh=False)
 
 # %% ../nbs/05_matching.ipynb #05-11
 def _compiled(net, x, t, bf16):
@@ -62,47 +61,68 @@ def _compiled(net, x, t, bf16):
 class _Run:
     "A training run: what it needs for a step, and to go on after a stop."
     def __init__(self, net, batches, c, phases):
-        self.net, self.fast, self.batches, self.c, self.phases, self.losses, self.seconds = net, net, batches, c, phases, [], 0.
+        self.net, self.fast, self.batches, self.c, self.phases, self.losses, self.seconds, self.kept = net, net, batches, c, phases, [], 0., ""
         self.device = next(net.parameters()).device
         self.opt = torch.optim.AdamW(net.parameters(), c["lr"], weight_decay=0., fused=self.device.type in ("cpu", "cuda"))
         self.average = AveragedModel(net, multi_avg_fn=_ema(c["ema"]))
 
-    def step(self):
-        self.opt.param_groups[0]["lr"] = self.c["lr"]*_lr_factor(len(self.losses), self.c["steps"])
-        x, t, target = next(self.batches)
+    def slope(self, x, t, target):
+        "The loss, and its gradient in the weights."
+        self.opt.zero_grad()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.c["bf16"]): found = self.fast(x, t)
         loss = (found.float() - target).square().mean()
-        self.opt.zero_grad(); loss.backward()
+        loss.backward()
+        return loss
+
+    def step(self):
+        self.opt.param_groups[0]["lr"] = self.c["lr"]*_lr_factor(len(self.losses), self.c["steps"])
+        self.batch = next(self.batches)
+        loss = self.slope(*self.batch)
         if self.c["clip"]: torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.c["clip"])
         self.opt.step(); self.average.update_parameters(self.net); self.losses.append(loss.detach())
 
 # %% ../nbs/05_matching.ipynb #05-12
-def _save_run(run, path, seconds):
-    run.seconds = seconds
+def _versions():
+    import nsgf_nb
+    return dict(nsgf_nb=nsgf_nb.__version__, torch=torch.__version__)
+
+def _state(run):
+    "All that a run needs to go on, as tensors."
     tensors = {f"{name}.{k}": t for name, m in (("net", run.net), ("average", run.average)) for k, t in m.state_dict().items()}
     tensors |= {f"adam.{i}.{k}": t for i, found in run.opt.state_dict()["state"].items() for k, t in found.items()}
     tensors |= {f"batches.{k}": t for k, t in getattr(run.batches, "state_dict", dict)().items()}
-    save_tensors(path, tensors | dict(rng=torch.get_rng_state(), losses=torch.stack(run.losses)), dict(model="checkpoint", settings=run.c, seconds=run.seconds, phases=run.phases))
+    return tensors | dict(rng=torch.get_rng_state(), losses=torch.stack(run.losses))
 
-def _load_checkpoint(path):
-    tensors, about = load_tensors(path)
-    if about.get("model") != "checkpoint": raise ValueError(f"{path} is no checkpoint of a training run")
-    return tensors, about
+def _save_run(run, keep, seconds):
+    "Write a checkpoint, if the state is worth it; a disk that fails now does not end the training."
+    run.seconds, tensors, i = seconds, _state(run), len(run.losses)
+    if not all_finite(tensors): raise FloatingPointError(f"weights or loss are no longer finite after step {i - 1}: try a smaller learning rate (lr) or a bound on the gradient (clip=1){run.kept}")
+    try: keep.write(tensors, dict(settings=run.c, versions=_versions(), seconds=run.seconds, phases=run.phases))
+    except OSError as e: return warnings.warn(f"no checkpoint of step {i - 1} was written, the training goes on: {e}", stacklevel=3)
+    run.kept = f"; step {i - 1} is in {keep.path}"
 
 def _steps_done(path):
     "How many steps the run of a checkpoint has behind it."
-    return len(_load_checkpoint(path)[0]["losses"]) if path and Path(path).exists() else 0
+    found = Checkpoint(path).read() if path else None
+    return len(found[0]["losses"]) if found else 0
 
 def _below(name, tensors):
     "Those tensors whose names begin with `name` and a dot, by the rest of their names."
     return {k[len(name) + 1:]: t for k, t in tensors.items() if k.startswith(name + ".")}
 
 # %% ../nbs/05_matching.ipynb #05-13
-def _load_run(run, path):
-    tensors, about = _load_checkpoint(path)
+def _check_same(run, about, path):
+    "Is a checkpoint of this very run?"
     theirs = about.get("settings", {})
     other = [f"{k}={theirs.get(k)!r}, not {v!r}" for k, v in run.c.items() if theirs.get(k) != v]
     if other: raise ValueError(f"{path} is a checkpoint of another run, with {'; '.join(other)}: name another file, or remove it")
+    old = [f"{k} {about.get('versions', {}).get(k)}, not {v}" for k, v in _versions().items() if about.get("versions", {}).get(k) != v]
+    if old: warnings.warn(f"{path} was made by {', '.join(old)}: the training goes on from it, but may not end as it would have", stacklevel=4)
+
+def _load_run(run, keep):
+    if not (found := keep.read()): return
+    tensors, about = found
+    _check_same(run, about, keep.path)
     run.net.load_state_dict(_below("net", tensors)); run.average.load_state_dict(_below("average", tensors))
     state, weights = {}, list(run.net.parameters())
     for k, t in _below("adam", tensors).items():
@@ -113,8 +133,36 @@ def _load_run(run, path):
     torch.set_rng_state(tensors["rng"])
     run.losses, run.seconds = list(tensors["losses"].to(run.device)), about["seconds"]
     run.phases.update(about["phases"])
+    run.kept = f"; step {len(run.losses) - 1} is in {keep.path}"
 
 # %% ../nbs/05_matching.ipynb #05-15
+def _begin(run, checkpoint, progress):
+    "The checkpoint of a run, taken up where there is one; `OSError` where there is no room for it."
+    keep = Checkpoint(checkpoint)
+    _load_run(run, keep)
+    if run.losses and progress: tqdm.write(f"going on after {len(run.losses):,} of {run.c['steps']:,} steps, from {keep.path}")
+    room_for(checkpoint, 3*4*sum(p.nbytes for p in run.net.parameters()) + 2**20)        # two and a new one, each with average and moments
+    return keep
+
+def _loop(run, steps, progress, checkpoint, every):
+    "Train to the end, or until a signal comes, which is returned."
+    keep = _begin(run, checkpoint, progress) if checkpoint else None
+    bar = tqdm(range(len(run.losses), steps), initial=len(run.losses), total=steps, desc="training", disable=not progress, mininterval=.5)
+    start = time.perf_counter() - run.seconds
+    with stopping() as stop:
+        try:
+            for i in bar:
+                try: run.step()
+                except (RuntimeError, MemoryError) as e: explain_memory(e, lambda n: run.slope(*(u[:n] for u in run.batch)), len(run.batch[0]))
+                if len(run.losses) > 1: _watch(i - 1, run.losses[-2], bar, run.kept)
+                if keep and (i + 1 == steps or stop or time.perf_counter() - start - run.seconds > every): _save_run(run, keep, time.perf_counter() - start)
+                if stop: break
+        except KeyboardInterrupt as e: stop.append(type(e))
+    if run.losses: _watch(len(run.losses) - 1, run.losses[-1], bar, run.kept)
+    run.seconds = time.perf_counter() - start
+    return stop[-1] if stop else None
+
+# %% ../nbs/05_matching.ipynb #05-16
 def fit(
     net:nn.Module,         # the field v(x, t) to train, in place
     batches,               # iterator of (x (B, *shape), t (B,), target like what net gives)
@@ -126,27 +174,18 @@ def fit(
     bf16:bool=False,       # run the network under autocast to bfloat16
     compile:bool=False,    # try torch.compile
     checkpoint=None,       # file to go on from where it exists, and to write …
-    every:float=60.,       # … every so many seconds, and at the end
+    every:float=60.,       # … every so many seconds, at the end, and where it is stopped
     settings:dict=None,    # what else must be the same where a checkpoint is taken up
     phases:dict=None,      # seconds of what came before; those of a checkpoint are put in
 )->Fitted:                 # the averaged network and the losses
     "Minimise E‖net(x, t) − target‖², the mean over all entries (Algorithm 1)."
     run = _Run(net, batches, json.loads(json.dumps(dict(settings or {}, steps=steps, lr=lr, ema=ema, clip=clip, bf16=bf16))), {} if phases is None else phases)
     if compile and _steps_done(checkpoint) < steps: run.fast = _compiled(net, *next(batches)[:2], bf16)
-    if checkpoint and Path(checkpoint).exists(): _load_run(run, checkpoint)
-    bar = tqdm(range(len(run.losses), steps), initial=len(run.losses), total=steps, desc="training", disable=not progress, mininterval=.5)
-    start, interrupted = time.perf_counter() - run.seconds, False
-    try:
-        for i in bar:
-            run.step()
-            if i % 50 == 0: _watch(i, run.losses[-1], bar)
-            if checkpoint and (i + 1 == steps or time.perf_counter() - start - run.seconds > every): _save_run(run, checkpoint, time.perf_counter() - start)
-    except KeyboardInterrupt: interrupted = True
+    with locked(checkpoint) if checkpoint else nullcontext(): interrupted = _loop(run, steps, progress, checkpoint, every)
     losses = torch.stack(run.losses).cpu() if run.losses else torch.zeros(0)
-    if len(losses): _watch(len(losses) - 1, losses[-1], bar)
-    return Fitted(run.average.module, losses, time.perf_counter() - start, interrupted)
+    return Fitted(run.average.module, losses, run.seconds, interrupted)
 
-# %% ../nbs/05_matching.ipynb #05-19
+# %% ../nbs/05_matching.ipynb #05-20
 def _check_sample(name, x, shape=None):
     "x itself where it is a finite float tensor (n, *shape) of n ≥ 1 samples."
     if isinstance(x, Tensor) and x.ndim < 2:
@@ -174,7 +213,7 @@ class _Deck:
         now, self.order = self.order[:n], self.order[n:]
         return self.x[now.to(self.x.device)]
 
-# %% ../nbs/05_matching.ipynb #05-20
+# %% ../nbs/05_matching.ipynb #05-21
 def as_sampler(
     data,                       # tensor (N, *shape), Dataset of such samples or of (sample, ...) tuples, or function n -> (n, *shape)
     generator:torch.Generator,  # orders a finite sample
@@ -193,9 +232,10 @@ def as_sampler(
         x = _check_sample(f"{name}({n})", data(n))
         if len(x) != n: raise ValueError(f"{name}({n}) must return {n} samples, got shape {tuple(x.shape)}")
         return x.detach()
+    if hasattr(data, "get_state") and hasattr(data, "set_state"): draw.get_state, draw.set_state = data.get_state, data.set_state
     return draw
 
-# %% ../nbs/05_matching.ipynb #05-25
+# %% ../nbs/05_matching.ipynb #05-26
 def _check_setting(name, value, kind):
     "Is it of its type, and of a size that makes sense? The value, lists as tuples."
     if isinstance(value, list): value = tuple(value)
@@ -207,7 +247,7 @@ def _check_setting(name, value, kind):
         raise ValueError(f"{name} must be {'a positive number' if low is None else f'at least {low}'}, got {value!r}")
     return value
 
-# %% ../nbs/05_matching.ipynb #05-26
+# %% ../nbs/05_matching.ipynb #05-27
 @dataclass(frozen=True)
 class TrainConfig:
     "Settings of any network and its training."
@@ -234,7 +274,7 @@ class TrainConfig:
         for name in ("ema", "dropout"):
             if not getattr(self, name) < 1: raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)!r}")
 
-# %% ../nbs/05_matching.ipynb #05-28
+# %% ../nbs/05_matching.ipynb #05-29
 @dataclass(frozen=True)
 class NSGFConfig(TrainConfig):
     "Settings of an `NSGF` run."
@@ -255,7 +295,7 @@ class NSGFConfig(TrainConfig):
         for name, known in (("blur_unit", ("std", "data")), ("self_term", ("same", "masked", "independent"))):
             if getattr(self, name) not in known: raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
-# %% ../nbs/05_matching.ipynb #05-29
+# %% ../nbs/05_matching.ipynb #05-30
 def _replace(config, settings, owner="NSGF"):
     "`config` with some settings replaced, all of which must exist."
     known = [f.name for f in dataclasses.fields(config)]
@@ -263,7 +303,7 @@ def _replace(config, settings, owner="NSGF"):
         if name not in known: raise TypeError(f"{name!r} is no setting of {owner}; known are {', '.join(known)}")
     return dataclasses.replace(config, **settings)
 
-# %% ../nbs/05_matching.ipynb #05-32
+# %% ../nbs/05_matching.ipynb #05-33
 def find_device(
     device=None,   # "cpu", "cuda", "cuda:1", a torch.device; a GPU if there is one where None
 )->torch.device:   # one that exists
@@ -274,10 +314,10 @@ def find_device(
         raise ValueError(f"device {str(device)!r} cannot be used here: {str(e).splitlines()[0]}") from None
     return torch.device(device)
 
-# %% ../nbs/05_matching.ipynb #05-35
+# %% ../nbs/05_matching.ipynb #05-36
 class _Coordinates:
     "Between the data's unit and the model's: mean zero, root mean square one, float32."
-    def __init__(self, mean, scale): self.mean, self.scale, self.shape = mean, scale, tuple(mean.shape)
+    def __init__(self, mean, scale, seen=""): self.mean, self.scale, self.shape, self.seen = mean, scale, tuple(mean.shape), seen
 
     @classmethod
     def of(cls, x, device):
@@ -286,12 +326,12 @@ class _Coordinates:
         if (x == x[0]).all(): scale = torch.ones_like(scale)       # one point, repeated, has no scale of its own
         elif not 0 < scale < math.inf or (mean.abs().max() > 1e5*scale and x.dtype == torch.float32):
             raise ValueError(f"data varies by {scale:.3g} around {mean.abs().max():.3g}, too little for {x.dtype}: pass float64, or subtract the offset")
-        return cls(mean.to(device, x.dtype), scale.to(device, x.dtype))
+        return cls(mean.to(device, x.dtype), scale.to(device, x.dtype), hashlib.sha256(x.cpu().numpy()).hexdigest()[:12])
 
     def to_model(self, x): return ((x.to(self.mean) - self.mean) / self.scale).float()
     def to_data(self, z): return z.to(self.mean)*self.scale + self.mean
 
-# %% ../nbs/05_matching.ipynb #05-38
+# %% ../nbs/05_matching.ipynb #05-39
 def _build_pool(c, coordinates, draw_x, draw_y, device, progress, **flow):
     "The pool of the config `c`, from samplers of source and target in the model's coordinates; `flow`: other blur or eta of its flows, in these coordinates."
     most = c.pool_mb*2**18 // ((c.flow_steps + 1)*math.prod(coordinates.shape))      # floats of four bytes
@@ -305,7 +345,7 @@ def _build_pool(c, coordinates, draw_x, draw_y, device, progress, **flow):
         pool.add(*(draw(group*c.minibatch).unflatten(0, (group, c.minibatch)) for draw in (draw_x, draw_y)))
     return pool
 
-# %% ../nbs/05_matching.ipynb #05-40
+# %% ../nbs/05_matching.ipynb #05-41
 def _pack(model):
     "The tensors and the text of a trained model."
     net, c = model._fitted(), model.coordinates
@@ -338,7 +378,7 @@ def _unpack(cls, tensors, about, device, path):
     model.coordinates = _Coordinates(tensors["mean"].to(model.device), tensors["scale"].to(model.device))
     return model
 
-# %% ../nbs/05_matching.ipynb #05-42
+# %% ../nbs/05_matching.ipynb #05-43
 @contextmanager
 def _seeded(seed):
     "torch's global CPU generator, seeded, for as long as it lasts; then as it was."
@@ -359,20 +399,20 @@ def _flipped(x, generator):
     "Images (n, C, H, W), each mirrored with probability ½."
     return torch.where(torch.rand(len(x), generator=generator).to(x.device).view(-1, 1, 1, 1) < .5, x.flip(-1), x)
 
-# %% ../nbs/05_matching.ipynb #05-43
+# %% ../nbs/05_matching.ipynb #05-44
 def _samplers(model, data, source):
     "Coordinates from 16,384 draws of the target, samplers of source and target in them, and all that these draw from."
     c, device, generator = model.config, model.device, torch.Generator().manual_seed(model.config.seed)
     on_device = generator if device.type == "cpu" else torch.Generator(device).manual_seed(c.seed)
     deals = [as_sampler(data, generator), *([] if source is None else [as_sampler(source, generator, "source")])]
-    decks = [d for d in deals if isinstance(d, _Deck)]
-    for d in decks: d.x = d.x.to(device)
+    for d in deals:
+        if isinstance(d, _Deck): d.x = d.x.to(device)
     k = _Coordinates.of(deals[0](2**14), device)
     if c.flip and len(k.shape) != 3: raise ValueError(f"flip is for images (n, C, H, W), got samples of shape {k.shape}")
     def normal(n): return torch.randn(n, *k.shape, dtype=torch.float32, generator=on_device, device=device)
     def given(n): return k.to_model(_check_sample("source", deals[1](n), k.shape))
     def target(n): return k.to_model(_flipped(deals[0](n), generator) if c.flip else deals[0](n))
-    return k, normal if source is None else given, target, [on_device, generator, *decks]
+    return k, normal if source is None else given, target, [on_device, generator, *(d for d in deals if hasattr(d, "get_state"))]
 
 def _fit(model, data, source, progress, checkpoint):
     c = model.config
@@ -380,7 +420,7 @@ def _fit(model, data, source, progress, checkpoint):
     net = model._network(k.shape).to(model.device, torch.float32)
     model.seconds = {}
     batches = iter(()) if _steps_done(checkpoint) == c.train_steps else model._batches(k, draw_x, draw_y, sources, progress)
-    settings = dict(model=type(model).__name__, data=f"{k.shape}, mean {k.mean.mean():.4g}, scale {k.scale:.6g}", source="normal" if source is None else "given", **dataclasses.asdict(c))
+    settings = dict(model=type(model).__name__, data=f"{k.shape}, scale {k.scale:.6g}, {k.seen}", source="normal" if source is None else "given", **dataclasses.asdict(c))
     fitted = fit(net, batches, c.train_steps, c.lr, c.ema, progress, c.clip, c.bf16, c.compile, checkpoint, settings=settings, phases=model.seconds)
     model.coordinates, model.source, model.given = k, "normal" if source is None else "given", source
     model.net, model.losses, model.seconds["training"] = fitted.net.requires_grad_(False).eval(), fitted.losses, fitted.seconds
@@ -388,9 +428,9 @@ def _fit(model, data, source, progress, checkpoint):
         rate = f"{len(fitted.losses)*c.batch_size/fitted.seconds:,.0f} samples/s"
         tqdm.write(f"{type(model).__name__}: " + ", ".join(f"{what} {s:.1f} s" for what, s in model.seconds.items()) + f" ({len(fitted.losses):,} steps, {rate})")
     if fitted.interrupted:
-        raise KeyboardInterrupt(f"stopped after {len(fitted.losses):,} of {c.train_steps:,} steps; the model keeps what it has learned")
+        raise fitted.interrupted(f"stopped after {len(fitted.losses):,} of {c.train_steps:,} steps; the model keeps what it has learned" + (f", and {checkpoint} where to go on" if checkpoint else ""))
 
-# %% ../nbs/05_matching.ipynb #05-44
+# %% ../nbs/05_matching.ipynb #05-45
 class _Model:
     "A network in coordinates of its own, and its file."
     Config = TrainConfig
@@ -426,7 +466,7 @@ class _Model:
         "Read a file that `save` wrote; `ValueError` where it is broken, of another version or not ours."
         return _unpack(cls, *load_tensors(path), find_device(device), path)
 
-# %% ../nbs/05_matching.ipynb #05-45
+# %% ../nbs/05_matching.ipynb #05-46
 class _Learned(_Model):
     "A model that learns from batches (x, t, target). A method says which network and which batches."
     def _network(self, shape):
@@ -452,7 +492,7 @@ class _Learned(_Model):
         self.seconds = {}
         with _seeded(self.config.seed): return self._batches(*_samplers(self, data, source), progress)
 
-# %% ../nbs/05_matching.ipynb #05-47
+# %% ../nbs/05_matching.ipynb #05-48
 def _start(model, n, seed):
     "n draws of the model's source, in its coordinates."
     c = model.coordinates
@@ -468,7 +508,7 @@ def _rows(model):
     if not c.channels: return 2048 if cpu else 2**17
     return max(16, (2**22 if cpu else 2**27)//(c.channels*math.prod(model.coordinates.shape[1:])))
 
-# %% ../nbs/05_matching.ipynb #05-48
+# %% ../nbs/05_matching.ipynb #05-49
 class VelocityModel(_Learned):
     "A learned velocity field, and how to sample it."
     def __call__(self,
@@ -499,13 +539,13 @@ class VelocityModel(_Learned):
         x, nfe = _together([x for x, _ in parts]) if trajectory else torch.cat([x for x, _ in parts]), torch.cat([n for _, n in parts])
         return (c.to_data(x), nfe) if return_nfe else c.to_data(x)
 
-# %% ../nbs/05_matching.ipynb #05-49
+# %% ../nbs/05_matching.ipynb #05-50
 def _together(parts):
     "Trajectories (steps+1, B, *shape), side by side; those that took fewer steps stay where they arrived."
     longest = max(map(len, parts))
     return torch.cat([torch.cat([p, p[-1:].expand(longest - len(p), *p.shape[1:])]) for p in parts], 1)
 
-# %% ../nbs/05_matching.ipynb #05-51
+# %% ../nbs/05_matching.ipynb #05-52
 class NSGF(VelocityModel):
     "Neural Sinkhorn gradient flow: `NSGF().fit(data).sample(n)` (Algorithms 1 and 2)."
     Config = NSGFConfig

@@ -1,4 +1,4 @@
-"""What the tests of the `nsgf` command share."""
+"""What tests share: the `nsgf` command in process, and model files that say something else."""
 import re
 
 import pytest
@@ -23,3 +23,15 @@ def fails(result, words, code=1):
     found, _, err = result
     assert found == code and len(err) == 1, result
     assert err[0].startswith("nsgf: ") and re.search(words, err[0]), err[0]
+
+
+def rewrite(path, about=None, tensors=None):
+    "The same model file with some of its description, or of its tensors, replaced, and the checksum of what it says then; None removes one."
+    import json
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+    from nsgf_nb.files import _digest
+    with safe_open(path, "pt") as f: old = json.loads(f.metadata()["nsgf_nb"])
+    new = {k: v for k, v in {**old, **(about or {})}.items() if v is not None and k != "sha256"}
+    content = {k: v for k, v in {**load_file(path), **(tensors or {})}.items() if v is not None}
+    save_file(content, path, {"nsgf_nb": json.dumps(dict(new, sha256=_digest(content, new)))})

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import nsgf_nb
-from nsgf_nb.files import FORMAT, load_tensors, made_with, save_tensors, shipped, writable_folder, write_json, write_whole
+from nsgf_nb.files import load_tensors, made_with, save_tensors, shipped, writable_folder, write_json, write_whole
 
 
 def tensors(seed=0):
@@ -33,7 +33,7 @@ def crash(monkeypatch):
 
 def test_what_is_written_comes_back(saved, tmp_path):
     found, about = load_tensors(saved)
-    assert about == dict(format=FORMAT, model="a", steps=[1, 2], name="ä")
+    assert about == dict(format="nsgf_nb/2", model="a", steps=[1, 2], name="ä")
     assert found.keys() == tensors().keys()
     for k, t in tensors().items(): assert torch.equal(found[k], t) and found[k].dtype == t.dtype and found[k].shape == t.shape
     assert json.loads((tmp_path/"m.safetensors.json").read_text()) == about
@@ -66,13 +66,12 @@ def test_a_crash_before_the_end_leaves_the_old_file(saved, monkeypatch, write):
 
 
 def test_a_full_disk_leaves_the_old_file(saved, monkeypatch):
-    old, inner = saved.read_bytes(), Path.write_bytes
-    def half(self, content):
-        inner(self, content[:len(content)//2])
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(Path, "write_bytes", half)
+    old = saved.read_bytes()
+    def full(number): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"): save_tensors(saved, tensors(1), {})
     monkeypatch.undo()
+    assert [p.name for p in saved.parent.glob("*.tmp")] == []      # and no half of the new one
     assert saved.read_bytes() == old and torch.equal(load_tensors(saved)[0]["a"], tensors()["a"])
 
 
@@ -107,7 +106,8 @@ def test_foreign_files(tmp_path, content):
 
 
 @pytest.mark.parametrize("text, words", ((None, "but not one of nsgf_nb"), ("[1]", "but not one of nsgf_nb"), ("null", "but not one of nsgf_nb"), ("{", "is not a whole"),
-    ("{}", "has format None; this version of nsgf_nb reads 'nsgf_nb/1'"), ('{"format": "nsgf_nb/2"}', "has format 'nsgf_nb/2'; this version of nsgf_nb reads 'nsgf_nb/1'")))
+    ("{}", "has format None; this version of nsgf_nb reads 'nsgf_nb/2'"), ('{"format": "nsgf_nb/3"}', "has format 'nsgf_nb/3'; this version of nsgf_nb reads 'nsgf_nb/2'"),
+    ('{"format": "nsgf_nb/2"}', "is damaged"), ("["*10**5, "is not a whole"), ('{"format": ' + "["*10**5, "is not a whole")))
 def test_safetensors_of_others_and_of_other_versions(tmp_path, text, words):
     save_file({"a": torch.zeros(2)}, tmp_path/"m", {"by": "me"} if text is None else {"nsgf_nb": text})
     with pytest.raises(ValueError, match=f"m .*{words}"): load_tensors(tmp_path/"m")

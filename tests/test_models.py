@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from nsgf_nb.long_runs import Checkpoint
 from nsgf_nb.matching import _load_run, _Run, fit
 from nsgf_nb.models import Attention, MLP, ResBlock, TimePredictor, UNet
 
@@ -287,5 +288,5 @@ def test_moments_come_back_in_the_layout_of_the_weights(tmp_path):
     kw = dict(progress=False, checkpoint=tmp_path/"c")
     fit(UNet((1, 8, 8), **SMALL), batches(), 3, **kw)
     run = _Run(UNet((1, 8, 8), **SMALL), batches(), dict(steps=3, lr=2e-3, ema=.999, clip=0., bf16=False), {})
-    _load_run(run, tmp_path/"c")
+    _load_run(run, Checkpoint(tmp_path/"c"))
     for p, s in run.opt.state.items(): assert p.stride() == s["exp_avg"].stride() == s["exp_avg_sq"].stride()

@@ -11,6 +11,7 @@ import warnings
 import ot
 import pytest
 import torch
+from conftest import rewrite
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -540,12 +541,6 @@ def test_single_parts_are_models_too(model, tmp_path):
         part.save(tmp_path/name)
         again = type(part).load(tmp_path/name, device="cpu")
         assert all(torch.equal(p, q) for p, q in zip(part.net.state_dict().values(), again.net.state_dict().values()))
-
-
-def rewrite(path, about=None, tensors=None):
-    with safe_open(path, "pt") as f: old = json.loads(f.metadata()["nsgf_nb"])
-    new = {k: v for k, v in {**old, **(about or {})}.items() if v is not None}
-    save_file({k: v for k, v in {**load_file(path), **(tensors or {})}.items() if v is not None}, path, {"nsgf_nb": json.dumps(new)})
 
 
 @pytest.mark.parametrize("about, tensors, words", (
