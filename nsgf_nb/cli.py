@@ -43,7 +43,7 @@ def _train_classifier(args):
 def _train_command(args):
     if args.name.startswith("classifier-"): return _train_classifier(args)
     if args.name in IMAGE_EXPERIMENTS:
-        for seed in args.seeds: run_images(args.name, IMAGE_EXPERIMENTS[args.name], seed, args.out, find_device(args.device), parts=args.parts, quick=args.quick)
+        for seed in args.seeds: run_images(args.name, IMAGE_EXPERIMENTS[args.name], seed, args.out, find_device(args.device), parts=args.parts, quick=args.quick, pool=args.pool)
         return
     names = [name for name in EXPERIMENTS if name.startswith(f"{args.name}-")] if args.name in _GROUPS else [args.name]
     device = find_device(args.device)
@@ -54,7 +54,7 @@ def _train_command(args):
         floors = measure_floors(e)
         for seed in args.seeds:
             print(f"{name}, seed {seed}", flush=True)
-            print(_report(run(name, e, seed, args.out, floors, device)), flush=True)
+            print(_report(run(name, e, seed, args.out, floors, device, pool=args.pool)), flush=True)
             _say_where(folder/f"seed{seed}")
 
 # %% ../nbs/12_cli.ipynb #12-08
@@ -155,6 +155,7 @@ def _add_train(verb):
     train.add_argument("--parts", nargs="+", choices=PARTS, metavar="PART", default=PARTS, help="of NSGF++, to train some only, or in parallel: " + ", ".join(PARTS))
     train.add_argument("--quick", action="store_true", help="image experiments: a few steps and images, to see that everything works")
     train.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each (default: 0)")
+    train.add_argument("--pool", metavar="FOLDER", help="keep the pool of the Sinkhorn flow on disk, below this folder; a build that was stopped goes on (default: in memory)")
     return train
 
 def _add_bench(verb):

@@ -114,9 +114,9 @@ def _begun(path, new):
     if result["protocol"] != new["protocol"]: raise ValueError(f"{path} was made by another protocol: choose another folder, or remove it")
     return result
 
-def _train(e, seed, device, progress, folder):
+def _train(e, seed, device, progress, folder, pool):
     model = NSGF(e.config, device=device, seed=seed)
-    try: model.fit(*_samples(e.target, seed), progress=progress, checkpoint=folder/"training.checkpoint")
+    try: model.fit(*_samples(e.target, seed), progress=progress, checkpoint=folder/"training.checkpoint", pool=pool)
     except KeyboardInterrupt:
         (folder/"result.json").unlink(missing_ok=True)      # of an earlier run: not these weights' numbers
         if model.net is not None: model.save(folder/"model.safetensors"); print(f"interrupted; the weights so far are in {folder/'model.safetensors'}, and the same command goes on from there")
@@ -140,10 +140,11 @@ def run(
     floors:dict=None,   # from `measure_floors`; measured here where None
     device=None,        # where to compute; a GPU if there is one
     progress:bool=True, # bars
+    pool=None,          # folder for a pool on disk, at pool/name/seed<seed>; in memory where None
 )->dict:                # what result.json holds
     "Train, measure, draw, and write model.safetensors, result.json and paths.png."
     start, folder = time.perf_counter(), writable_folder(Path(out)/name/f"seed{seed}")
-    model = _train(e, seed, device, progress, folder)
+    model = _train(e, seed, device, progress, folder, None if pool is None else Path(pool)/name/f"seed{seed}")
     trained = time.perf_counter()
     floors = floors or measure_floors(e)
     command = f"nsgf demo --seed {seed}" if name == "demo" else f"nsgf train {name} --seeds {seed}" if name in EXPERIMENTS else None

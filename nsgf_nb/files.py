@@ -51,14 +51,15 @@ def _packed(tensors, about):
 
 # %% ../nbs/04b_files.ipynb #04b-10
 def save_tensors(
-    path,          # file to write; the text goes beside it, as path.json
+    path,          # file to write
     tensors:dict,  # name -> tensor, on any device
     about:dict,    # what JSON can say; "format" is added
+    beside:bool=True, # write the text also to path.json, for people?
 ):
     "Write `tensors` and `about` to one safetensors file, atomically."
     path, about = Path(path), dict(format=_FORMAT, **about)
     write_whole(path, _packed(tensors, about))
-    write_json(path.with_name(path.name + ".json"), about)
+    if beside: write_json(path.with_name(path.name + ".json"), about)
 
 # %% ../nbs/04b_files.ipynb #04b-12
 def load_tensors(

@@ -215,11 +215,12 @@ def run_images(
     parts=PARTS,         # which parts of NSGF++ to train
     quick:bool=False,    # a smoke test?
     progress:bool=True,  # bars, and a table at the end?
+    pool=None,           # folder for NSGF++'s pool on disk, at pool/name/seed<seed>; in memory where None
 )->dict:                 # what result.json holds; None where parts are still missing
     "Train, measure, draw, and write model.safetensors, result.json and sheet.png."
     e, folder = _quick(e) if quick else e, writable_folder(Path(out)/name/f"seed{seed}")
     model, data = e.model(seed, device), load_images(e.data) if data is None else data
-    if isinstance(model, NSGFPlusPlus): model.fit(data, parts, folder, progress)
+    if isinstance(model, NSGFPlusPlus): model.fit(data, parts, folder, progress, None if pool is None else Path(pool)/name/f"seed{seed}")
     else: model.fit(data, progress=progress, checkpoint=folder/"straight.checkpoint")
     missing = _missing(model, folder)
     if missing: print(f"{folder} waits for: {', '.join(missing)}"); return None

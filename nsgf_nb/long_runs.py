@@ -10,7 +10,7 @@ import math, os, shutil, signal, threading, warnings
 from contextlib import contextmanager
 from pathlib import Path
 import torch
-from .files import _packed, _FORMAT, load_tensors, writable_folder, write_whole
+from .files import load_tensors, save_tensors, writable_folder
 
 # %% ../nbs/04c_long_runs.ipynb #04c-07
 class Checkpoint:
@@ -24,9 +24,8 @@ class Checkpoint:
         about:dict,   # what JSON can say
     ):
         "Write the newest; `OSError` leaves what was there."
-        content = _packed(tensors, dict(format=_FORMAT, model="checkpoint", **about))
-        if self.whole: os.replace(self.path, self.before)
-        write_whole(self.path, content)
+        if self.whole and self.path.exists(): os.replace(self.path, self.before)
+        save_tensors(self.path, tensors, dict(model="checkpoint", **about), beside=False)
         self.whole = True
 
     def read(self)->tuple: # tensors and text, or None where there is no file
@@ -48,13 +47,14 @@ class Checkpoint:
 # %% ../nbs/04c_long_runs.ipynb #04c-10
 @contextmanager
 def locked(
-    path, # what only one process may work on; the lock is a hidden file beside it
+    path,         # what only one process may work on; the lock is a hidden file beside it
+    wait:float=0, # seconds to wait for it
 ):
     "For as long as it lasts, no other process or thread gets this lock; `RuntimeError` where another has it."
     from filelock import FileLock, Timeout
     path = Path(path)
     lock = FileLock(writable_folder(path.parent)/f".{path.name}.lock", is_singleton=True)
-    try: lock.acquire(timeout=0)
+    try: lock.acquire(timeout=wait)
     except Timeout: raise RuntimeError(f"{path} is in use by another process: wait for it, or choose another folder") from None
     try: yield
     finally: lock.release()

@@ -14,6 +14,7 @@ from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
+from .disk_pool import DiskPool, build_pool
 from .files import load_tensors, save_tensors
 from .flow import TrajectoryPool, integrate
 from .long_runs import Checkpoint, all_finite, check_loss, explain_memory, locked, room_for, stopping
@@ -332,15 +333,18 @@ class _Coordinates:
     def to_data(self, z): return z.to(self.mean)*self.scale + self.mean
 
 # %% ../nbs/05_matching.ipynb #05-39
+def _flow_settings(c, coordinates, **flow):
+    "How the flows of the config `c` run, in the model's coordinates; `flow`: other blur or eta."
+    blur = c.blur if c.blur_unit == "std" else c.blur/coordinates.scale.item()
+    etas = [1/(c.flow_steps/c.reach - k) for k in range(c.flow_steps)]
+    return dict(steps=c.flow_steps, blur=blur, eta=etas, tol=c.tol, self_term=c.self_term) | flow
+
 def _build_pool(c, coordinates, draw_x, draw_y, device, progress, **flow):
-    "The pool of the config `c`, from samplers of source and target in the model's coordinates; `flow`: other blur or eta of its flows, in these coordinates."
+    "The pool of the config `c`, from samplers of source and target in the model's coordinates."
     most = c.pool_mb*2**18 // ((c.flow_steps + 1)*math.prod(coordinates.shape))      # floats of four bytes
     group = max(1, min(4096, c.pool_size, most) // c.minibatch)                                               # minibatches solved per call
     calls = max(1, min(c.pool_size, most) // (group*c.minibatch))
-    blur = c.blur if c.blur_unit == "std" else c.blur/coordinates.scale.item()
-    etas = [1/(c.flow_steps/c.reach - k) for k in range(c.flow_steps)]
-    flow = dict(blur=blur, eta=etas, tol=c.tol, self_term=c.self_term) | flow
-    pool = TrajectoryPool(calls*group*c.minibatch, coordinates.shape, c.flow_steps, device=device, **flow)
+    pool = TrajectoryPool(calls*group*c.minibatch, coordinates.shape, device=device, **_flow_settings(c, coordinates, **flow))
     for _ in tqdm(range(calls), desc="pool", disable=not progress, mininterval=.5):
         pool.add(*(draw(group*c.minibatch).unflatten(0, (group, c.minibatch)) for draw in (draw_x, draw_y)))
     return pool
@@ -399,7 +403,29 @@ def _flipped(x, generator):
     "Images (n, C, H, W), each mirrored with probability ½."
     return torch.where(torch.rand(len(x), generator=generator).to(x.device).view(-1, 1, 1, 1) < .5, x.flip(-1), x)
 
-# %% ../nbs/05_matching.ipynb #05-44
+# %% ../nbs/05_matching.ipynb #05-45
+def _restart(sources, *key):
+    "Everything that is drawn from, and torch's global generator, at a place that depends on `key` alone."
+    for j, s in enumerate([*sources, torch.default_generator]):
+        number = int.from_bytes(hashlib.sha256(f"{key} {j}".encode()).digest()[:7], "little")
+        if isinstance(s, torch.Generator): s.manual_seed(number)
+        else: s.set_state(torch.empty(0, dtype=torch.long) if isinstance(s, _Deck) else torch.Generator().manual_seed(number).get_state())
+
+def _disk_pool(c, coordinates, draw_x, draw_y, sources, folder, device, progress, **flow):
+    "The pool of the config `c` in a folder, taken up where it is there; `pool_mb` is the window's."
+    most = min(c.pool_size, 2**24//((c.flow_steps + 1)*math.prod(coordinates.shape)))
+    flow, group = _flow_settings(c, coordinates, **flow), max(1, min(4096, most)//c.minibatch)
+    about = dict(minibatch=c.minibatch, data=coordinates.seen, flip=c.flip)
+    pool = DiskPool(folder, coordinates.shape, **flow, paths=max(1, most//(group*c.minibatch))*group*c.minibatch, seed=c.seed, about=about, window_mb=c.pool_mb, device=device)
+    def make(i):
+        _restart(sources, c.seed, i)
+        for _ in range(pool.settings["paths"]//(group*c.minibatch)):
+            yield [draw(group*c.minibatch).unflatten(0, (group, c.minibatch)) for draw in (draw_x, draw_y)]
+    build_pool(pool, make, math.ceil(c.pool_size/pool.settings["paths"]), progress)
+    _restart(sources, c.seed, "training")
+    return pool
+
+# %% ../nbs/05_matching.ipynb #05-46
 def _samplers(model, data, source):
     "Coordinates from 16,384 draws of the target, samplers of source and target in them, and all that these draw from."
     c, device, generator = model.config, model.device, torch.Generator().manual_seed(model.config.seed)
@@ -430,7 +456,7 @@ def _fit(model, data, source, progress, checkpoint):
     if fitted.interrupted:
         raise fitted.interrupted(f"stopped after {len(fitted.losses):,} of {c.train_steps:,} steps; the model keeps what it has learned" + (f", and {checkpoint} where to go on" if checkpoint else ""))
 
-# %% ../nbs/05_matching.ipynb #05-45
+# %% ../nbs/05_matching.ipynb #05-47
 class _Model:
     "A network in coordinates of its own, and its file."
     Config = TrainConfig
@@ -466,7 +492,7 @@ class _Model:
         "Read a file that `save` wrote; `ValueError` where it is broken, of another version or not ours."
         return _unpack(cls, *load_tensors(path), find_device(device), path)
 
-# %% ../nbs/05_matching.ipynb #05-46
+# %% ../nbs/05_matching.ipynb #05-48
 class _Learned(_Model):
     "A model that learns from batches (x, t, target). A method says which network and which batches."
     def _network(self, shape):
@@ -492,7 +518,7 @@ class _Learned(_Model):
         self.seconds = {}
         with _seeded(self.config.seed): return self._batches(*_samplers(self, data, source), progress)
 
-# %% ../nbs/05_matching.ipynb #05-48
+# %% ../nbs/05_matching.ipynb #05-50
 def _start(model, n, seed):
     "n draws of the model's source, in its coordinates."
     c = model.coordinates
@@ -508,7 +534,7 @@ def _rows(model):
     if not c.channels: return 2048 if cpu else 2**17
     return max(16, (2**22 if cpu else 2**27)//(c.channels*math.prod(model.coordinates.shape[1:])))
 
-# %% ../nbs/05_matching.ipynb #05-49
+# %% ../nbs/05_matching.ipynb #05-51
 class VelocityModel(_Learned):
     "A learned velocity field, and how to sample it."
     def __call__(self,
@@ -539,19 +565,32 @@ class VelocityModel(_Learned):
         x, nfe = _together([x for x, _ in parts]) if trajectory else torch.cat([x for x, _ in parts]), torch.cat([n for _, n in parts])
         return (c.to_data(x), nfe) if return_nfe else c.to_data(x)
 
-# %% ../nbs/05_matching.ipynb #05-50
+# %% ../nbs/05_matching.ipynb #05-52
 def _together(parts):
     "Trajectories (steps+1, B, *shape), side by side; those that took fewer steps stay where they arrived."
     longest = max(map(len, parts))
     return torch.cat([torch.cat([p, p[-1:].expand(longest - len(p), *p.shape[1:])]) for p in parts], 1)
 
-# %% ../nbs/05_matching.ipynb #05-52
+# %% ../nbs/05_matching.ipynb #05-54
 class NSGF(VelocityModel):
     "Neural Sinkhorn gradient flow: `NSGF().fit(data).sample(n)` (Algorithms 1 and 2)."
-    Config = NSGFConfig
+    Config, folder = NSGFConfig, None
     def _flow(self): return {}         # blur or eta of the pool's flows, where a kind of NSGF has others than its config says
 
+    def fit(self,
+        data,               # tensor (N, *shape), map-style Dataset, or function n -> (n, *shape)
+        source=None,        # the same, for the source; N(0, I) in the model's coordinates where None
+        progress:bool=True, # show bars, and a line with the times
+        checkpoint=None,    # file from which to go on where it exists, written every minute and at the end
+        pool=None,          # folder for a pool on disk, built or taken up there; in memory where None
+    ):                      # the model itself
+        "Build the pool, and learn from it. After Ctrl-C the model keeps what it has learned."
+        self.folder = pool
+        return super().fit(data, source, progress, checkpoint)
+
     def _batches(self, k, draw_x, draw_y, sources, progress):
-        pool = _build_pool(self.config, k, draw_x, draw_y, self.device, progress, **self._flow())
-        self.seconds["pool"], generator = pool.seconds, torch.Generator(self.device).manual_seed(self.config.seed)
-        return _Batches(lambda: pool.batch(self.config.batch_size, generator), generator)
+        c, generator, start = self.config, torch.Generator(self.device).manual_seed(self.config.seed), time.perf_counter()
+        if self.folder is None: pool = _build_pool(c, k, draw_x, draw_y, self.device, progress, **self._flow())
+        else: pool = _disk_pool(c, k, draw_x, draw_y, sources, self.folder, self.device, progress, **self._flow())
+        self.seconds["pool"] = pool.seconds if self.folder is None else time.perf_counter() - start
+        return _Batches(lambda: pool.batch(c.batch_size, generator), generator, *([] if self.folder is None else [pool]))

@@ -123,13 +123,15 @@ class _ThreeParts:
         parts=PARTS,        # which of the three to train
         folder=None,        # where each part keeps a checkpoint, from which a stopped training goes on
         progress:bool=True, # show bars, and lines with the times
+        pool=None,          # folder for the Sinkhorn flow's pool on disk; in memory where None
     ):                      # the model itself
         "Train the three parts, one after the other; in parallel where processes share a `folder` and each names its part."
         data, parts = _images(data, self.sinkhorn.config.seed), [parts] if isinstance(parts, str) else list(parts)
         for name in parts:
             if name not in PARTS: raise ValueError(f"parts must be among {', '.join(PARTS)}, got {name!r}")
         for name in parts:
-            getattr(self, name).fit(data, progress=progress, checkpoint=None if folder is None else Path(folder)/f"{name}.checkpoint")
+            more = dict(pool=pool) if name == "sinkhorn" else {}
+            getattr(self, name).fit(data, progress=progress, checkpoint=None if folder is None else Path(folder)/f"{name}.checkpoint", **more)
         return self
 
 # %% ../nbs/06_nsgfpp.ipynb #06-21
