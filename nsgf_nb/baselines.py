@@ -112,12 +112,13 @@ class RectifiedFlow(StraightFlow):
         source=None,        # the same, for the source
         progress:bool=True, # show bars, and a line with the times
         checkpoint=None,    # file from which to go on where it exists; those of the rounds before stand beside it
+        every:float=60.,    # it is written every so many seconds, at the end, and where it is stopped
         teacher=None,       # the flow of one reflow less, where it has been trained
     ):                      # the model itself
         "Train the rounds before, unless a `teacher` is given, then this one."
         before = None if checkpoint is None else f"{checkpoint}.{self.config.reflows - 1}"
-        self.teacher = teacher or _first(self.config, self.device).fit(data, source, progress, before)
-        return super().fit(data, source, progress, checkpoint)
+        self.teacher = teacher or _first(self.config, self.device).fit(data, source, progress, before, every)
+        return super().fit(data, source, progress, checkpoint, every)
 
     def _network(self, shape):
         net = super()._network(shape)

@@ -6,7 +6,7 @@
 __all__ = ['DiskPool', 'build_pool']
 
 # %% ../nbs/04d_disk_pool.ipynb #04d-04
-import hashlib, json, math
+import hashlib, json, math, warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import torch
@@ -28,7 +28,9 @@ def _check_manifest(m, path):
     sizes = s.get("shape"), [s.get("steps"), s.get("paths"), m.get("planned")]
     if not all(isinstance(v, list) and v and all(type(u) is int and 0 < u < 2**40 for u in v) for v in sizes): fail("shape, steps, paths and planned must be positive integers")
     if s.get("dtype") not in _DTYPES: fail(f"dtype is {s.get('dtype')!r}, expected one of {', '.join(_DTYPES)}")
-    if not all(k.isdecimal() and str(int(k)) == k and int(k) < m["planned"] and isinstance(v, str) for k, v in shards.items()): fail("shards must map indices to checksums")
+    if not all(k.isascii() and k.isdigit() and len(k) < 12 and str(int(k)) == k and int(k) < m["planned"] and isinstance(v, str) for k, v in shards.items()): fail("shards must map indices to checksums")
+    if not isinstance(s.get("seed"), int): fail("seed must be an integer")
+    if 4*(s["steps"] + 1)*s["paths"]*math.prod(s["shape"]) > 2**34: fail("a shard would take more than 16 GB")
 
 def _sha(path):
     "The checksum in the header of a shard."
@@ -36,15 +38,19 @@ def _sha(path):
     with safe_open(path, "pt") as f: return json.loads(f.metadata()["nsgf_nb"])["sha256"]
 
 # %% ../nbs/04d_disk_pool.ipynb #04d-08
+def _sealed(m): return dict(m, sha256=hashlib.sha256(json.dumps({k: v for k, v in m.items() if k != "sha256"}).encode()).hexdigest())
+
 class _Manifest:
     "A folder of shards, and what is written about it."
     def __init__(self, folder, settings=None):
         self.folder, self.file = Path(folder), Path(folder)/"manifest.json"
-        if not self.file.exists():
-            if settings is None: raise FileNotFoundError(f"no pool in {folder}: there is no manifest.json")
-            writable_folder(folder)
-            write_json(self.file, dict(format=_FORMAT, settings=settings, planned=1, complete=False, shards={}))
-        self.settings = self.read()["settings"]
+        if settings is None and not self.file.exists(): raise FileNotFoundError(f"no pool in {folder}: there is no manifest.json")
+        try: self.settings = self.read()["settings"]
+        except (FileNotFoundError, ValueError) as e:
+            if settings is None: raise
+            if self.file.exists(): warnings.warn(f"{e}; it is made anew", stacklevel=4)
+            write_json(writable_folder(folder)/"manifest.json", _sealed(dict(format=_FORMAT, settings=settings, planned=1, complete=False, shards={})))
+            self.settings = self.read()["settings"]
         other = [f"{k}={self.settings.get(k)!r}, not {v!r}" for k, v in json.loads(json.dumps(settings or {})).items() if self.settings.get(k) != v]
         if other: raise ValueError(f"{folder} is a pool of other settings, with {'; '.join(other)}: name another folder, or remove it")
         self.id = hashlib.sha256(json.dumps(self.settings).encode()).hexdigest()[:16]
@@ -52,17 +58,17 @@ class _Manifest:
     def read(self):
         m = read_json(self.file)
         _check_manifest(m, self.file)
+        if m != _sealed(m): raise ValueError(f"{self.file} is damaged: its checksum is not that of its content")
         return m
 
     def change(self, planned=None, index=None, sha=None):
-        "Write down how many there will be, or that a shard is there (or, without a checksum, is not)."
+        "Write down how many there will be, or that a shard is there."
         with locked(self.file, wait=60):
             m = self.read()
             m["planned"] = max(planned or 0, m["planned"])
-            if index is not None: m["shards"].pop(str(index), None)
             if sha: m["shards"][str(index)] = sha
             m["complete"] = len(m["shards"]) == m["planned"]
-            write_json(self.file, m)
+            write_json(self.file, _sealed(m))
 
 # %% ../nbs/04d_disk_pool.ipynb #04d-10
 class _Shards(_Manifest):
@@ -75,13 +81,13 @@ class _Shards(_Manifest):
         save_tensors(self.path(i), dict(start=xs[0].to(dtype), moves=(xs[1:] - xs[:-1]).to(dtype)), dict(model="shard", pool=self.id, index=i), beside=False)
         self.change(index=i, sha=_sha(self.path(i)))
 
-    def states(self, i):
+    def states(self, i, known=True):
         "The states of shard i (steps+1, paths, *shape), float32; `ValueError` where it is damaged or not of this pool."
         path, s, sha = self.path(i), self.settings, self.read()["shards"].get(str(i))
-        if sha is None: raise ValueError(f"{path} is not made yet")
+        if sha is None and known: raise ValueError(f"{path} is not in the manifest")
         tensors, about = load_tensors(path)
         if (about.get("model"), about.get("pool"), about.get("index")) != ("shard", self.id, i): raise ValueError(f"{path} is not shard {i} of this pool")
-        if sha != _sha(path): raise ValueError(f"{path} is not the shard that the manifest speaks of")
+        if sha not in (None, _sha(path)): raise ValueError(f"{path} is not the shard that the manifest speaks of")
         shape = s["paths"], *s["shape"]
         if {k: t.shape for k, t in tensors.items()} != dict(start=shape, moves=(s["steps"], *shape)): raise ValueError(f"{path} holds other tensors than a shard")
         xs = torch.empty(s["steps"] + 1, *shape)
@@ -92,22 +98,24 @@ class _Shards(_Manifest):
         "Which shards of this rank are not there or not whole: index -> why."
         found = {}
         for i in tqdm(range(rank, self.read()["planned"], ranks), desc="checking", disable=not progress, mininterval=.5):
-            try: self.states(i)
+            try:
+                self.states(i, known=False)
+                if str(i) not in self.read()["shards"]: self.change(index=i, sha=_sha(self.path(i)))    # whole and ours, but the manifest was lost, or late
             except (ValueError, OSError) as e: found[i] = str(e)
         return found
 
 # %% ../nbs/04d_disk_pool.ipynb #04d-12
 class _Window(_Shards):
     "Some of the shards in memory, and which ones."
-    slots, at, turned, drawn, rounds = None, 0, 0, 0, ()
+    slots, at, turned, drawn, rounds, limit = None, 0, 0, 0, (), None
 
     def get_state(self): return torch.tensor([self.drawn, self.turned, self.at, *self.rounds])
     def set_state(self, state): self.slots, (self.drawn, self.turned, self.at, *self.rounds) = None, state.tolist()
 
     def ready(self):
-        "How many shards there are, from the first to the first gap."
+        "How many shards there are, from the first to the first gap, or to `limit`."
         m = self.read()
-        return next(i for i in range(m["planned"] + 1) if str(i) not in m["shards"])
+        return next(i for i in range(m["planned"] + 1) if str(i) not in m["shards"] or i == self.limit)
 
     def _order(self):
         "The shards in the order in which they are read; each round goes through all that were there when it began."
@@ -198,10 +206,11 @@ def build_pool(
     flow = {k: s[k] for k in ("steps", "blur", "eta", "tol", "self_term")}
     with locked(pool.folder/f"builder {rank}"):
         pool.change(planned=shards)
+        pool.limit = shards                                      # more may be there, of a larger pool
         todo = pool.faults(rank, ranks, progress)
         room_for(pool.file, int(len(todo)*pool.shard_mb*2**20*(1 if s["dtype"] == "float32" else .5)))
         for i, why in tqdm(todo.items(), desc="pool", unit="shard", disable=not progress):
-            if "not made yet" not in why: tqdm.write(f"{why}: it is made again")
+            if "no model file" not in why: tqdm.write(f"{why}: it is made again")
             parts = [particle_flow(x.flatten(2), y.flatten(2), **flow).unflatten(-1, s["shape"]).flatten(1, 2) for x, y in make(i)]
             found = sum(p.shape[1] for p in parts)
             if found < s["paths"]: raise ValueError(f"make({i}) must give at least {s['paths']} particles, got {found}")

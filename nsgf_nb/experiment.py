@@ -16,6 +16,7 @@ from .files import made_with, read_json, writable_folder, write_json
 from .long_runs import Checkpoint
 from .matching import NSGF, NSGFConfig
 from .metrics import Estimate, floor, ratio, sw2, w2
+from .ranks import ranks, sharing
 
 # %% ../nbs/10_experiment.ipynb #10-07
 @dataclass(frozen=True)
@@ -119,9 +120,9 @@ def _train(e, seed, device, progress, folder, pool):
     try: model.fit(*_samples(e.target, seed), progress=progress, checkpoint=folder/"training.checkpoint", pool=pool)
     except KeyboardInterrupt:
         (folder/"result.json").unlink(missing_ok=True)      # of an earlier run: not these weights' numbers
-        if model.net is not None: model.save(folder/"model.safetensors"); print(f"interrupted; the weights so far are in {folder/'model.safetensors'}, and the same command goes on from there")
+        if model.net is not None and ranks().main: model.save(folder/"model.safetensors"); print(f"interrupted; the weights so far are in {folder/'model.safetensors'}, and the same command goes on from there")
         raise
-    model.save(folder/"model.safetensors")
+    if ranks().main: model.save(folder/"model.safetensors")
     return model
 
 def _draw_paths(e, model, path):
@@ -147,14 +148,16 @@ def run(
     model = _train(e, seed, device, progress, folder, None if pool is None else Path(pool)/name/f"seed{seed}")
     trained = time.perf_counter()
     floors = floors or measure_floors(e)
+    with sharing(): measured = measure(e, model, floors, seed)
     command = f"nsgf demo --seed {seed}" if name == "demo" else f"nsgf train {name} --seeds {seed}" if name in EXPERIMENTS else None
     result = dict(experiment=name, seed=seed, command=command,
-        protocol=dataclasses.asdict(dataclasses.replace(e, config=model.config)), made_with=made_with(model.device), floors=floors, measured=measure(e, model, floors, seed),
+        protocol=dataclasses.asdict(dataclasses.replace(e, config=model.config)), made_with=made_with(model.device), floors=floors, measured=measured,
         w2_along_the_way=_along_the_way(e, model), loss=model.losses[-500:].mean().item(),
         seconds=dict(model.seconds, measuring=time.perf_counter() - trained, total=time.perf_counter() - start))
-    write_json(folder/"result.json", result)
-    _draw_paths(e, model, folder/"paths.png")
-    Checkpoint(folder/"training.checkpoint").remove()
+    if ranks().main:
+        write_json(folder/"result.json", result)
+        _draw_paths(e, model, folder/"paths.png")
+        Checkpoint(folder/"training.checkpoint").remove()
     return result
 
 # %% ../nbs/10_experiment.ipynb #10-18

@@ -100,13 +100,20 @@ def _schedule(name, value, steps, top=float("inf")):
     return values
 
 # %% ../nbs/02_flow.ipynb #02-20
+def _far(x, y):
+    "Root mean square distance of x (..., N, D) from the mean of y (..., M, D)."
+    return (x - y.mean(-2, keepdim=True)).square().sum(-1).mean().sqrt().item()
+
 def _run(xs, y, blurs, etas, tol, max_iter, self_term):
     "Fill `xs` (steps+1, ..., N, D), whose first state is there."
-    init = None
+    init, bound = None, 4*max(_far(xs[0], y), _far(y, y)) + 1e-4*y.abs().max().item()
     for k, (blur, eta) in enumerate(zip(blurs, etas)):
         own = xs[k].roll(1, -3) if self_term == "independent" else self_term
         v, (g, h) = velocity(xs[k], y, blur, tol, max_iter, init, self_term=own, return_init=True)
         torch.add(xs[k], v, alpha=eta, out=xs[k + 1])
+        far = _far(xs[k + 1], y)
+        if not far <= bound: raise FloatingPointError(f"the flow diverges at Euler step {k} (eta={eta:.3g}, blur={blur:.3g}): its particles are now {far:.3g} from the mean of the target, "
+                                                      f"more than {bound:.3g}, four times what they began with; try a smaller eta or tol, or a larger blur")
         init = ((1 - eta)*g, h) if self_term == "same" else None
 
 # %% ../nbs/02_flow.ipynb #02-21
@@ -179,14 +186,20 @@ class TrajectoryPool(_Ring):
         super().__init__(capacity, shape, steps, device)
         self.flow = dict(blur=blur, eta=eta, tol=tol, self_term=self_term)
 
-    def add(self,
+    def flows(self,
         x:Tensor,   # source (B, n, *shape): B minibatches of n
         y:Tensor,   # target (B, m, *shape)
     )->Tensor:      # the flows (steps+1, B, n, *shape)
-        "Run a flow on each minibatch and keep the states."
+        "Run a flow on each minibatch."
         for name, z in (("x", x), ("y", y)): _check_shape(name, z, self.shape)
-        start = time.perf_counter()
-        xs = particle_flow(x.flatten(2), y.flatten(2), steps=self.steps, **self.flow).unflatten(-1, self.shape)
+        return particle_flow(x.flatten(2), y.flatten(2), steps=self.steps, **self.flow).unflatten(-1, self.shape)
+
+    def add(self,
+        x:Tensor,   # source (B, n, *shape)
+        y:Tensor,   # target (B, m, *shape)
+    )->Tensor:      # the flows (steps+1, B, n, *shape)
+        "Run a flow on each minibatch and keep the states."
+        start, xs = time.perf_counter(), self.flows(x, y)
         self.write(xs.flatten(1, 2), time.perf_counter() - start)
         return xs
 

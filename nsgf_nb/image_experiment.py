@@ -18,6 +18,7 @@ from .image_metrics import Classifier, class_histogram, frechet_distance, incept
 from .matching import NSGF, NSGFConfig, TrainConfig, _steps_done
 from .metrics import Estimate, ratio
 from .nsgfpp import PARTS, NSGFPlusPlus, StraightConfig, StraightFlow
+from .ranks import each, ranks, sharing
 
 # %% ../nbs/09b_image_experiment.ipynb #09b-06
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _summary(values, floors=None):
 # %% ../nbs/09b_image_experiment.ipynb #09b-13
 def _seen(x, net):
     "Features (n, F) of images (n, C, H, W)."
-    return torch.cat([net.features(u) for u in x.split(500)])
+    return torch.cat(list(each(net.features, x.split(500), lambda u: (len(u), net.head.in_features), torch.float32, x.device)))
 
 def _quality(e, model, data, pairs, floors, net, seed, nfe, **settings):
     "All that is measured of samples at one price; `pairs` are features of real images."
@@ -223,14 +224,18 @@ def run_images(
     if isinstance(model, NSGFPlusPlus): model.fit(data, parts, folder, progress, None if pool is None else Path(pool)/name/f"seed{seed}")
     else: model.fit(data, progress=progress, checkpoint=folder/"straight.checkpoint")
     missing = _missing(model, folder)
-    if missing: print(f"{folder} waits for: {', '.join(missing)}"); return None
+    if missing:
+        if ranks().main: print(f"{folder} waits for: {', '.join(missing)}")
+        return None
     if isinstance(model, NSGFPlusPlus): model.fit(data, [name for name in PARTS if name not in parts], folder, False)    # takes up what other processes have trained
     command = f"nsgf train {name} --seeds {seed}{' --quick' if quick else ''}"
-    model.save(folder/"model.safetensors", command=command)
-    trained, measured = time.perf_counter(), _measured(e, model, data, seed)
+    if ranks().main: model.save(folder/"model.safetensors", command=command)
+    trained = time.perf_counter()
+    with sharing(): measured = _measured(e, model, data, seed)
     result = dict(experiment=name, seed=seed, command=command, protocol=asdict(e),
         made_with=made_with(_parts(model)["straight"].device), training_images=len(data), phases=_phases(model),
         measured=measured, seconds=dict(measuring=time.perf_counter() - trained))
+    if not ranks().main: return result
     write_json(folder/"result.json", result)
     _draw(e, model, data, folder, seed)
     if progress: print(report_images(result)); print(f"wrote {folder}/: sheet.png (the picture), model.safetensors (the weights), result.json (the numbers)")

@@ -19,6 +19,7 @@ from .files import load_tensors, save_tensors
 from .flow import TrajectoryPool, integrate
 from .long_runs import Checkpoint, all_finite, check_loss, explain_memory, locked, room_for, stopping
 from .models import MLP, UNet
+from .ranks import each, explain_loss, ranks, sharing
 from .sinkhorn import check_points
 
 # %% ../nbs/05_matching.ipynb #05-07
@@ -63,6 +64,7 @@ class _Run:
     "A training run: what it needs for a step, and to go on after a stop."
     def __init__(self, net, batches, c, phases):
         self.net, self.fast, self.batches, self.c, self.phases, self.losses, self.seconds, self.kept = net, net, batches, c, phases, [], 0., ""
+        self.ranks = ranks()
         self.device = next(net.parameters()).device
         self.opt = torch.optim.AdamW(net.parameters(), c["lr"], weight_decay=0., fused=self.device.type in ("cpu", "cuda"))
         self.average = AveragedModel(net, multi_avg_fn=_ema(c["ema"]))
@@ -77,10 +79,11 @@ class _Run:
 
     def step(self):
         self.opt.param_groups[0]["lr"] = self.c["lr"]*_lr_factor(len(self.losses), self.c["steps"])
-        self.batch = next(self.batches)
+        self.batch = self.ranks.share(next(self.batches))
         loss = self.slope(*self.batch)
         if self.c["clip"]: torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.c["clip"])
-        self.opt.step(); self.average.update_parameters(self.net); self.losses.append(loss.detach())
+        self.opt.step(); self.average.update_parameters(self.net)
+        self.losses.append(self.ranks.mean(loss.detach()))
 
 # %% ../nbs/05_matching.ipynb #05-12
 def _versions():
@@ -138,32 +141,44 @@ def _load_run(run, keep):
 
 # %% ../nbs/05_matching.ipynb #05-15
 def _begin(run, checkpoint, progress):
-    "The checkpoint of a run, taken up where there is one; `OSError` where there is no room for it."
-    keep = Checkpoint(checkpoint)
-    _load_run(run, keep)
+    "Take up the checkpoint of a run where there is one; the checkpoint on the rank that writes it. `OSError` where there is no room."
+    keep = Checkpoint(checkpoint) if checkpoint else None
+    if keep: _load_run(run, keep)
     if run.losses and progress: tqdm.write(f"going on after {len(run.losses):,} of {run.c['steps']:,} steps, from {keep.path}")
+    run.fast = run.ranks.join(run.fast)
+    if not keep or not run.ranks.main: return None
     room_for(checkpoint, 3*4*sum(p.nbytes for p in run.net.parameters()) + 2**20)        # two and a new one, each with average and moments
     return keep
 
+def _step(run, stop):
+    "A step, whose errors say what to do; has any rank been told to stop?"
+    try:
+        run.step()
+        return run.ranks.mean(torch.tensor(float(bool(stop)), device=run.device if run.ranks.count > 1 else "cpu")).item() > 0
+    except (RuntimeError, MemoryError) as e:
+        explain_loss(e, run.kept)
+        explain_memory(e, lambda n: run.slope(*(u[:n] for u in run.batch)), len(run.batch[0]))
+
+# %% ../nbs/05_matching.ipynb #05-16
 def _loop(run, steps, progress, checkpoint, every):
     "Train to the end, or until a signal comes, which is returned."
-    keep = _begin(run, checkpoint, progress) if checkpoint else None
+    keep = _begin(run, checkpoint, progress)
     bar = tqdm(range(len(run.losses), steps), initial=len(run.losses), total=steps, desc="training", disable=not progress, mininterval=.5)
     start = time.perf_counter() - run.seconds
     with stopping() as stop:
         try:
             for i in bar:
-                try: run.step()
-                except (RuntimeError, MemoryError) as e: explain_memory(e, lambda n: run.slope(*(u[:n] for u in run.batch)), len(run.batch[0]))
+                told = _step(run, stop)
                 if len(run.losses) > 1: _watch(i - 1, run.losses[-2], bar, run.kept)
-                if keep and (i + 1 == steps or stop or time.perf_counter() - start - run.seconds > every): _save_run(run, keep, time.perf_counter() - start)
-                if stop: break
+                if keep and (i + 1 == steps or told or time.perf_counter() - start - run.seconds > every): _save_run(run, keep, time.perf_counter() - start)
+                if told: stop = stop or [KeyboardInterrupt]; break
         except KeyboardInterrupt as e: stop.append(type(e))
     if run.losses: _watch(len(run.losses) - 1, run.losses[-1], bar, run.kept)
     run.seconds = time.perf_counter() - start
+    run.ranks.wait()
     return stop[-1] if stop else None
 
-# %% ../nbs/05_matching.ipynb #05-16
+# %% ../nbs/05_matching.ipynb #05-17
 def fit(
     net:nn.Module,         # the field v(x, t) to train, in place
     batches,               # iterator of (x (B, *shape), t (B,), target like what net gives)
@@ -182,11 +197,11 @@ def fit(
     "Minimise E‖net(x, t) − target‖², the mean over all entries (Algorithm 1)."
     run = _Run(net, batches, json.loads(json.dumps(dict(settings or {}, steps=steps, lr=lr, ema=ema, clip=clip, bf16=bf16))), {} if phases is None else phases)
     if compile and _steps_done(checkpoint) < steps: run.fast = _compiled(net, *next(batches)[:2], bf16)
-    with locked(checkpoint) if checkpoint else nullcontext(): interrupted = _loop(run, steps, progress, checkpoint, every)
+    with locked(checkpoint) if checkpoint and run.ranks.main else nullcontext(): interrupted = _loop(run, steps, progress and run.ranks.main, checkpoint, every)
     losses = torch.stack(run.losses).cpu() if run.losses else torch.zeros(0)
     return Fitted(run.average.module, losses, run.seconds, interrupted)
 
-# %% ../nbs/05_matching.ipynb #05-20
+# %% ../nbs/05_matching.ipynb #05-21
 def _check_sample(name, x, shape=None):
     "x itself where it is a finite float tensor (n, *shape) of n ≥ 1 samples."
     if isinstance(x, Tensor) and x.ndim < 2:
@@ -214,7 +229,7 @@ class _Deck:
         now, self.order = self.order[:n], self.order[n:]
         return self.x[now.to(self.x.device)]
 
-# %% ../nbs/05_matching.ipynb #05-21
+# %% ../nbs/05_matching.ipynb #05-22
 def as_sampler(
     data,                       # tensor (N, *shape), Dataset of such samples or of (sample, ...) tuples, or function n -> (n, *shape)
     generator:torch.Generator,  # orders a finite sample
@@ -236,7 +251,7 @@ def as_sampler(
     if hasattr(data, "get_state") and hasattr(data, "set_state"): draw.get_state, draw.set_state = data.get_state, data.set_state
     return draw
 
-# %% ../nbs/05_matching.ipynb #05-26
+# %% ../nbs/05_matching.ipynb #05-27
 def _check_setting(name, value, kind):
     "Is it of its type, and of a size that makes sense? The value, lists as tuples."
     if isinstance(value, list): value = tuple(value)
@@ -248,7 +263,7 @@ def _check_setting(name, value, kind):
         raise ValueError(f"{name} must be {'a positive number' if low is None else f'at least {low}'}, got {value!r}")
     return value
 
-# %% ../nbs/05_matching.ipynb #05-27
+# %% ../nbs/05_matching.ipynb #05-28
 @dataclass(frozen=True)
 class TrainConfig:
     "Settings of any network and its training."
@@ -275,7 +290,7 @@ class TrainConfig:
         for name in ("ema", "dropout"):
             if not getattr(self, name) < 1: raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)!r}")
 
-# %% ../nbs/05_matching.ipynb #05-29
+# %% ../nbs/05_matching.ipynb #05-30
 @dataclass(frozen=True)
 class NSGFConfig(TrainConfig):
     "Settings of an `NSGF` run."
@@ -296,7 +311,7 @@ class NSGFConfig(TrainConfig):
         for name, known in (("blur_unit", ("std", "data")), ("self_term", ("same", "masked", "independent"))):
             if getattr(self, name) not in known: raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
-# %% ../nbs/05_matching.ipynb #05-30
+# %% ../nbs/05_matching.ipynb #05-31
 def _replace(config, settings, owner="NSGF"):
     "`config` with some settings replaced, all of which must exist."
     known = [f.name for f in dataclasses.fields(config)]
@@ -304,18 +319,18 @@ def _replace(config, settings, owner="NSGF"):
         if name not in known: raise TypeError(f"{name!r} is no setting of {owner}; known are {', '.join(known)}")
     return dataclasses.replace(config, **settings)
 
-# %% ../nbs/05_matching.ipynb #05-33
+# %% ../nbs/05_matching.ipynb #05-34
 def find_device(
     device=None,   # "cpu", "cuda", "cuda:1", a torch.device; a GPU if there is one where None
 )->torch.device:   # one that exists
     "The device to compute on; raises `ValueError` where it does not exist here."
-    if device is None: device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device is None: device = "cpu" if not torch.cuda.is_available() else "cuda" if ranks().count == 1 else f"cuda:{torch.cuda.current_device()}"
     try: torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"device {str(device)!r} cannot be used here: {str(e).splitlines()[0]}") from None
     return torch.device(device)
 
-# %% ../nbs/05_matching.ipynb #05-36
+# %% ../nbs/05_matching.ipynb #05-37
 class _Coordinates:
     "Between the data's unit and the model's: mean zero, root mean square one, float32."
     def __init__(self, mean, scale, seen=""): self.mean, self.scale, self.shape, self.seen = mean, scale, tuple(mean.shape), seen
@@ -332,7 +347,7 @@ class _Coordinates:
     def to_model(self, x): return ((x.to(self.mean) - self.mean) / self.scale).float()
     def to_data(self, z): return z.to(self.mean)*self.scale + self.mean
 
-# %% ../nbs/05_matching.ipynb #05-39
+# %% ../nbs/05_matching.ipynb #05-40
 def _flow_settings(c, coordinates, **flow):
     "How the flows of the config `c` run, in the model's coordinates; `flow`: other blur or eta."
     blur = c.blur if c.blur_unit == "std" else c.blur/coordinates.scale.item()
@@ -345,11 +360,14 @@ def _build_pool(c, coordinates, draw_x, draw_y, device, progress, **flow):
     group = max(1, min(4096, c.pool_size, most) // c.minibatch)                                               # minibatches solved per call
     calls = max(1, min(c.pool_size, most) // (group*c.minibatch))
     pool = TrajectoryPool(calls*group*c.minibatch, coordinates.shape, device=device, **_flow_settings(c, coordinates, **flow))
-    for _ in tqdm(range(calls), desc="pool", disable=not progress, mininterval=.5):
-        pool.add(*(draw(group*c.minibatch).unflatten(0, (group, c.minibatch)) for draw in (draw_x, draw_y)))
+    start, shape = time.perf_counter(), (c.flow_steps + 1, group, c.minibatch, *coordinates.shape)
+    with sharing(), tqdm(range(calls), desc="pool", disable=not progress, mininterval=.5) as bar:
+        pieces = ([draw(group*c.minibatch).unflatten(0, (group, c.minibatch)) for draw in (draw_x, draw_y)] for _ in bar)
+        for xs in each(lambda xy: pool.flows(*xy), pieces, lambda xy: shape, torch.float32, device): pool.write(xs.flatten(1, 2), 0.)
+    pool.seconds = time.perf_counter() - start
     return pool
 
-# %% ../nbs/05_matching.ipynb #05-41
+# %% ../nbs/05_matching.ipynb #05-42
 def _pack(model):
     "The tensors and the text of a trained model."
     net, c = model._fitted(), model.coordinates
@@ -382,7 +400,7 @@ def _unpack(cls, tensors, about, device, path):
     model.coordinates = _Coordinates(tensors["mean"].to(model.device), tensors["scale"].to(model.device))
     return model
 
-# %% ../nbs/05_matching.ipynb #05-43
+# %% ../nbs/05_matching.ipynb #05-44
 @contextmanager
 def _seeded(seed):
     "torch's global CPU generator, seeded, for as long as it lasts; then as it was."
@@ -403,7 +421,7 @@ def _flipped(x, generator):
     "Images (n, C, H, W), each mirrored with probability ½."
     return torch.where(torch.rand(len(x), generator=generator).to(x.device).view(-1, 1, 1, 1) < .5, x.flip(-1), x)
 
-# %% ../nbs/05_matching.ipynb #05-45
+# %% ../nbs/05_matching.ipynb #05-46
 def _restart(sources, *key):
     "Everything that is drawn from, and torch's global generator, at a place that depends on `key` alone."
     for j, s in enumerate([*sources, torch.default_generator]):
@@ -413,7 +431,7 @@ def _restart(sources, *key):
 
 def _disk_pool(c, coordinates, draw_x, draw_y, sources, folder, device, progress, **flow):
     "The pool of the config `c` in a folder, taken up where it is there; `pool_mb` is the window's."
-    most = min(c.pool_size, 2**24//((c.flow_steps + 1)*math.prod(coordinates.shape)))
+    most = min(c.pool_size, c.pool_mb*2**15//((c.flow_steps + 1)*math.prod(coordinates.shape)))      # paths of a shard: eight to the window
     flow, group = _flow_settings(c, coordinates, **flow), max(1, min(4096, most)//c.minibatch)
     about = dict(minibatch=c.minibatch, data=coordinates.seen, flip=c.flip)
     pool = DiskPool(folder, coordinates.shape, **flow, paths=max(1, most//(group*c.minibatch))*group*c.minibatch, seed=c.seed, about=about, window_mb=c.pool_mb, device=device)
@@ -421,11 +439,12 @@ def _disk_pool(c, coordinates, draw_x, draw_y, sources, folder, device, progress
         _restart(sources, c.seed, i)
         for _ in range(pool.settings["paths"]//(group*c.minibatch)):
             yield [draw(group*c.minibatch).unflatten(0, (group, c.minibatch)) for draw in (draw_x, draw_y)]
-    build_pool(pool, make, math.ceil(c.pool_size/pool.settings["paths"]), progress)
+    build_pool(pool, make, math.ceil(c.pool_size/pool.settings["paths"]), progress, ranks().index, ranks().count)
+    ranks().wait()
     _restart(sources, c.seed, "training")
     return pool
 
-# %% ../nbs/05_matching.ipynb #05-46
+# %% ../nbs/05_matching.ipynb #05-47
 def _samplers(model, data, source):
     "Coordinates from 16,384 draws of the target, samplers of source and target in them, and all that these draw from."
     c, device, generator = model.config, model.device, torch.Generator().manual_seed(model.config.seed)
@@ -440,14 +459,14 @@ def _samplers(model, data, source):
     def target(n): return k.to_model(_flipped(deals[0](n), generator) if c.flip else deals[0](n))
     return k, normal if source is None else given, target, [on_device, generator, *(d for d in deals if hasattr(d, "get_state"))]
 
-def _fit(model, data, source, progress, checkpoint):
+def _fit(model, data, source, progress, checkpoint, every):
     c = model.config
     k, draw_x, draw_y, sources = _samplers(model, data, source)
     net = model._network(k.shape).to(model.device, torch.float32)
     model.seconds = {}
     batches = iter(()) if _steps_done(checkpoint) == c.train_steps else model._batches(k, draw_x, draw_y, sources, progress)
     settings = dict(model=type(model).__name__, data=f"{k.shape}, scale {k.scale:.6g}, {k.seen}", source="normal" if source is None else "given", **dataclasses.asdict(c))
-    fitted = fit(net, batches, c.train_steps, c.lr, c.ema, progress, c.clip, c.bf16, c.compile, checkpoint, settings=settings, phases=model.seconds)
+    fitted = fit(net, batches, c.train_steps, c.lr, c.ema, progress, c.clip, c.bf16, c.compile, checkpoint, every, settings, model.seconds)
     model.coordinates, model.source, model.given = k, "normal" if source is None else "given", source
     model.net, model.losses, model.seconds["training"] = fitted.net.requires_grad_(False).eval(), fitted.losses, fitted.seconds
     if progress:
@@ -456,7 +475,7 @@ def _fit(model, data, source, progress, checkpoint):
     if fitted.interrupted:
         raise fitted.interrupted(f"stopped after {len(fitted.losses):,} of {c.train_steps:,} steps; the model keeps what it has learned" + (f", and {checkpoint} where to go on" if checkpoint else ""))
 
-# %% ../nbs/05_matching.ipynb #05-47
+# %% ../nbs/05_matching.ipynb #05-48
 class _Model:
     "A network in coordinates of its own, and its file."
     Config = TrainConfig
@@ -492,7 +511,7 @@ class _Model:
         "Read a file that `save` wrote; `ValueError` where it is broken, of another version or not ours."
         return _unpack(cls, *load_tensors(path), find_device(device), path)
 
-# %% ../nbs/05_matching.ipynb #05-48
+# %% ../nbs/05_matching.ipynb #05-49
 class _Learned(_Model):
     "A model that learns from batches (x, t, target). A method says which network and which batches."
     def _network(self, shape):
@@ -503,10 +522,12 @@ class _Learned(_Model):
         data,               # tensor (N, *shape), map-style Dataset, or function n -> (n, *shape)
         source=None,        # the same, for the source; N(0, I) in the model's coordinates where None
         progress:bool=True, # show bars, and a line with the times
-        checkpoint=None,    # file from which to go on where it exists, written every minute and at the end
+        checkpoint=None,    # file from which to go on where it exists, and to write …
+        every:float=60.,    # … every so many seconds, at the end, and where it is stopped
     ):                      # the model itself
         "Learn from `source` to `data`. After Ctrl-C the model keeps what it has learned."
-        with _seeded(self.config.seed): _fit(self, data, source, progress, checkpoint)
+        with locked(checkpoint) if checkpoint and ranks().main else nullcontext(), _seeded(self.config.seed):
+            _fit(self, data, source, progress and ranks().main, checkpoint, every)
         return self
 
     def batches(self,
@@ -518,7 +539,7 @@ class _Learned(_Model):
         self.seconds = {}
         with _seeded(self.config.seed): return self._batches(*_samplers(self, data, source), progress)
 
-# %% ../nbs/05_matching.ipynb #05-50
+# %% ../nbs/05_matching.ipynb #05-51
 def _start(model, n, seed):
     "n draws of the model's source, in its coordinates."
     c = model.coordinates
@@ -534,7 +555,7 @@ def _rows(model):
     if not c.channels: return 2048 if cpu else 2**17
     return max(16, (2**22 if cpu else 2**27)//(c.channels*math.prod(model.coordinates.shape[1:])))
 
-# %% ../nbs/05_matching.ipynb #05-51
+# %% ../nbs/05_matching.ipynb #05-52
 class VelocityModel(_Learned):
     "A learned velocity field, and how to sample it."
     def __call__(self,
@@ -561,17 +582,27 @@ class VelocityModel(_Learned):
         if x0 is not None and n not in (None, len(x0)): raise ValueError(f"n must be the number of rows of x0, {len(x0)}, or left out, got {n}")
         z = _start(self, n, seed) if x0 is None else c.to_model(_check_sample("x0", x0, c.shape))
         start, steps = torch.as_tensor(start, dtype=torch.float32, device=z.device).expand(len(z)), self.config.steps if steps is None else steps
-        parts = [integrate(net, u, t, steps, method, step_size, stretch, trajectory=trajectory) for u, t in zip(z.split(_rows(self)), start.split(_rows(self)))]
+        def way(part): return integrate(net, *part, steps, method, step_size, stretch, trajectory=trajectory)
+        parts = _ways(way, list(zip(z.split(_rows(self)), start.split(_rows(self)))), trajectory)
         x, nfe = _together([x for x, _ in parts]) if trajectory else torch.cat([x for x, _ in parts]), torch.cat([n for _, n in parts])
         return (c.to_data(x), nfe) if return_nfe else c.to_data(x)
 
-# %% ../nbs/05_matching.ipynb #05-52
+# %% ../nbs/05_matching.ipynb #05-53
 def _together(parts):
     "Trajectories (steps+1, B, *shape), side by side; those that took fewer steps stay where they arrived."
     longest = max(map(len, parts))
     return torch.cat([torch.cat([p, p[-1:].expand(longest - len(p), *p.shape[1:])]) for p in parts], 1)
 
-# %% ../nbs/05_matching.ipynb #05-54
+def _ways(way, parts, trajectory):
+    "`way` of each part, states and calls; the ends of the ways are shared among ranks."
+    if trajectory or not ranks().sharing: return list(map(way, parts))
+    def packed(part):
+        x, nfe = way(part)
+        return torch.cat([x.flatten(1).double(), nfe[:, None].double()], 1)
+    found = each(packed, parts, lambda p: (len(p[0]), p[0][0].numel() + 1), torch.double, parts[0][0].device)
+    return [(u[:, :-1].to(p[0]).view_as(p[0]), u[:, -1].long()) for p, u in zip(parts, found)]
+
+# %% ../nbs/05_matching.ipynb #05-55
 class NSGF(VelocityModel):
     "Neural Sinkhorn gradient flow: `NSGF().fit(data).sample(n)` (Algorithms 1 and 2)."
     Config, folder = NSGFConfig, None
@@ -581,12 +612,13 @@ class NSGF(VelocityModel):
         data,               # tensor (N, *shape), map-style Dataset, or function n -> (n, *shape)
         source=None,        # the same, for the source; N(0, I) in the model's coordinates where None
         progress:bool=True, # show bars, and a line with the times
-        checkpoint=None,    # file from which to go on where it exists, written every minute and at the end
+        checkpoint=None,    # file from which to go on where it exists, and to write …
+        every:float=60.,    # … every so many seconds, at the end, and where it is stopped
         pool=None,          # folder for a pool on disk, built or taken up there; in memory where None
     ):                      # the model itself
         "Build the pool, and learn from it. After Ctrl-C the model keeps what it has learned."
         self.folder = pool
-        return super().fit(data, source, progress, checkpoint)
+        return super().fit(data, source, progress, checkpoint, every)
 
     def _batches(self, k, draw_x, draw_y, sources, progress):
         c, generator, start = self.config, torch.Generator(self.device).manual_seed(self.config.seed), time.perf_counter()

@@ -262,10 +262,10 @@ def test_ctrl_c_leaves_no_numbers_of_other_weights(nsgf, trained, monkeypatch):
     assert trained.read_bytes() == before or not (trained.parent/"result.json").exists()
 
 
-@pytest.mark.parametrize("where", ("add", "measure", "measure_floors"))
+@pytest.mark.parametrize("where", ("flows", "measure", "measure_floors"))
 def test_ctrl_c_anywhere_is_exit_code_130(nsgf, monkeypatch, where):
     def interrupt(*args, **kw): raise KeyboardInterrupt
-    if where == "add": monkeypatch.setattr(TrajectoryPool, where, interrupt)
+    if where == "flows": monkeypatch.setattr(TrajectoryPool, where, interrupt)
     else: replace(monkeypatch, **{where: interrupt})
     fails(nsgf("train", "2d-moons"), "^nsgf: interrupted", 130)
     path = Path("runs/2d-moons/seed0/model.safetensors")

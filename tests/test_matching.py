@@ -469,7 +469,7 @@ def test_interrupted_training_keeps_a_usable_model(monkeypatch, tmp_path):
 
 
 def test_interrupted_pool_leaves_no_model(monkeypatch):
-    interrupting(monkeypatch, "add", 0)
+    interrupting(monkeypatch, "flows", 0)
     model = NSGF(TINY, device="cpu")
     with pytest.raises(KeyboardInterrupt): model.fit(normal(100, 2), progress=False)
     with pytest.raises(RuntimeError, match="no network yet"): model.sample(5)
@@ -480,7 +480,7 @@ def test_a_second_fit_that_does_not_get_far_leaves_the_first(monkeypatch, how):
     "Network and coordinates belong together."
     model = tiny()
     before = model.sample(5)
-    if how == "interrupted": interrupting(monkeypatch, "add", 0)
+    if how == "interrupted": interrupting(monkeypatch, "flows", 0)
     with pytest.raises((KeyboardInterrupt, ValueError)):
         model.fit(100*normal(100, 2) + 1000, normal(9, 3) if how == "bad source" else None, progress=False)
     assert torch.equal(model.sample(5), before)

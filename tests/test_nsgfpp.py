@@ -147,7 +147,7 @@ def test_a_checkpoint_does_not_change_the_training(plain, tmp_path):
 
 def test_a_stopped_pool_begins_again(monkeypatch, tmp_path, plain):
     with monkeypatch.context() as patch:
-        stopping(patch, 0, matching.TrajectoryPool, "add")
+        stopping(patch, 0, matching.TrajectoryPool, "flows")
         with pytest.raises(KeyboardInterrupt): tiny().fit(images(), folder=tmp_path, progress=False)
     assert list(tmp_path.glob("*.checkpoint")) == []
     assert same(tiny().fit(images(), folder=tmp_path, progress=False), plain)
