@@ -127,6 +127,11 @@ def _bench_2d(args):
         for steps in c.steps: print(f"\nSW2 over its floor after {steps} Euler steps, {data} target samples\n\n{report_table(results, steps, methods=args.methods)}")
     print(f"\nwrote {out}/")
 
+def _bench_endurance(args):
+    from nsgf_nb.endurance import endure
+    print("kills, damage, full disks and files from strangers, few of each" if args.quick else "about half an hour, and 20 GB of disk for a while", flush=True)
+    endure(args.out, args.quick)
+
 def _bench_ablations(args):
     for name in args.studies:
         study(name, args.seeds or range(1 if args.quick else 3), args.quick, args.out, find_device(args.device))
@@ -159,7 +164,7 @@ def _add_train(verb):
     return train
 
 def _add_bench(verb):
-    bench = verb("bench", None, "measure the Sinkhorn solver beside other libraries, every method in the plane, or the ablations")
+    bench = verb("bench", None, "measure the Sinkhorn solver beside other libraries, every method in the plane, the ablations, or what a run survives")
     kinds = bench.add_subparsers(dest="what", required=True, metavar="WHAT")
     sinkhorn = kinds.add_parser("sinkhorn", help="time to accuracy beside other libraries; a JSON file with every point")
     plane = kinds.add_parser("2d", help="five targets, ten methods, W2 and SW2 (about ten minutes for each target, seed and kind of data)")
@@ -170,7 +175,8 @@ def _add_bench(verb):
     ablations = kinds.add_parser("ablations", help="one study a question: " + ", ".join(STUDIES))
     ablations.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), metavar="STUDY", help="default: all")
     ablations.add_argument("--seeds", type=int, nargs="+", help="one run for each (default: 0 to 2; quick: 0)")
-    for v, call, out in ((sinkhorn, _bench_sinkhorn, "runs/speed"), (plane, _bench_2d, "runs/comparison"), (ablations, _bench_ablations, "runs/ablations")):
+    endurance = kinds.add_parser("endurance", help="what a run survives: kill -9, SIGTERM, a full disk, damaged files, files from strangers")
+    for v, call, out in ((endurance, _bench_endurance, "runs/endurance"), (sinkhorn, _bench_sinkhorn, "runs/speed"), (plane, _bench_2d, "runs/comparison"), (ablations, _bench_ablations, "runs/ablations")):
         v.set_defaults(call=call)
         v.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything works")
         v.add_argument("--out", default=out, help=f"folder for the results (default: {out})")

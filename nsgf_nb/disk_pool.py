@@ -130,8 +130,10 @@ class _Window(_Shards):
         self.rounds = list(self.rounds) or [self.ready()]
         if not self.rounds[0]: raise ValueError(f"the pool in {self.folder} is empty: build it first")
         s, self.size = self.settings, min(self.rounds[0], max(2, int(self.window_mb/self.shard_mb)))
-        self.slots = torch.empty(s["steps"] + 1, self.size*s["paths"], *s["shape"], device=self.device)
-        for j in range(self.at, self.at + self.size): self._put(j, self.states(self._order()[j]))
+        for j in range(self.at, self.at + self.size):
+            xs = self.states(self._order()[j])                  # what the manifest says of sizes is true if this is there
+            if self.slots is None: self.slots = torch.empty(s["steps"] + 1, self.size*s["paths"], *s["shape"], device=self.device)
+            self._put(j, xs)
         self.next = self._fetch()
 
 # %% ../nbs/04d_disk_pool.ipynb #04d-13

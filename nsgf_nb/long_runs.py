@@ -84,7 +84,7 @@ def room_for(
     "`OSError` by name where the folder cannot be written to, or its disk is too full."
     folder = writable_folder(Path(path).parent)
     free = shutil.disk_usage(folder).free
-    if free < size: raise OSError(f"{folder} needs {size/2**20:,.0f} MB for {Path(path).name}, but its disk has {free/2**20:,.0f} MB left")
+    if free < size: raise OSError(f"{folder} needs {size/2**20:,.1f} MB for {Path(path).name}, but its disk has {free/2**20:,.1f} MB left")
 
 # %% ../nbs/04c_long_runs.ipynb #04c-19
 def check_loss(

@@ -117,16 +117,13 @@ def _below(name, tensors):
 # %% ../nbs/05_matching.ipynb #05-13
 def _check_same(run, about, path):
     "Is a checkpoint of this very run?"
-    theirs = about.get("settings", {})
+    theirs, made = (v if isinstance(v, dict) else {} for v in (about.get("settings"), about.get("versions")))
     other = [f"{k}={theirs.get(k)!r}, not {v!r}" for k, v in run.c.items() if theirs.get(k) != v]
     if other: raise ValueError(f"{path} is a checkpoint of another run, with {'; '.join(other)}: name another file, or remove it")
-    old = [f"{k} {about.get('versions', {}).get(k)}, not {v}" for k, v in _versions().items() if about.get("versions", {}).get(k) != v]
+    old = [f"{k} {made.get(k)}, not {v}" for k, v in _versions().items() if made.get(k) != v]
     if old: warnings.warn(f"{path} was made by {', '.join(old)}: the training goes on from it, but may not end as it would have", stacklevel=4)
 
-def _load_run(run, keep):
-    if not (found := keep.read()): return
-    tensors, about = found
-    _check_same(run, about, keep.path)
+def _take_up(run, tensors, about):
     run.net.load_state_dict(_below("net", tensors)); run.average.load_state_dict(_below("average", tensors))
     state, weights = {}, list(run.net.parameters())
     for k, t in _below("adam", tensors).items():
@@ -135,8 +132,15 @@ def _load_run(run, keep):
     run.opt.load_state_dict(dict(state=state, param_groups=run.opt.state_dict()["param_groups"]))
     if hasattr(run.batches, "load_state_dict"): run.batches.load_state_dict(_below("batches", tensors))
     torch.set_rng_state(tensors["rng"])
-    run.losses, run.seconds = list(tensors["losses"].to(run.device)), about["seconds"]
+    run.losses, run.seconds = list(tensors["losses"].to(run.device)), float(about["seconds"])
     run.phases.update(about["phases"])
+
+def _load_run(run, keep):
+    if not (found := keep.read()): return
+    _check_same(run, found[1], keep.path)
+    try: _take_up(run, *found)
+    except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as e:
+        raise ValueError(f"{keep.path} does not hold a whole run: {' '.join(str(e).split())[:300]}") from None
     run.kept = f"; step {len(run.losses) - 1} is in {keep.path}"
 
 # %% ../nbs/05_matching.ipynb #05-15

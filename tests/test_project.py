@@ -34,6 +34,7 @@ MAP = {
     "gradient_flow_baselines": {"matching", "models"},
     "comparison": {"baselines", "data", "experiment", "files", "gradient_flow_baselines", "matching", "nsgfpp"},
     "ablations": {"baselines", "data", "experiment", "files", "flow", "matching", "metrics", "nsgfpp", "sinkhorn"},
+    "endurance": {"data", "disk_pool", "files", "flow", "long_runs", "matching", "models"},
     "cli": None,
 }
 HEAVY = "geomloss", "jax", "matplotlib", "ot", "ott", "scipy", "sklearn", "torch_fidelity", "torchdiffeq", "torchmetrics", "torchvision"
