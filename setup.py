@@ -43,7 +43,7 @@ setup(
     package_data={cfg["lib_name"]: ["weights/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "bench", "gpu", "images")},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "bench", "gpu", "images", "ranks")},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,
 )

@@ -49,6 +49,8 @@ class Ranks:
 # %% ../nbs/04e_ranks.ipynb #04e-07
 def ranks()->Ranks: # made, and connected to the others, by the first call
     "This process among those that torchrun or accelerate started; by itself where neither did."
+    d = torch.distributed
+    if d.is_available() and d.is_initialized(): return _ranks(d.get_world_size(), d.get_rank())
     return _ranks(int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)))
 
 @functools.cache
