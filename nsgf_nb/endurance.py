@@ -19,9 +19,9 @@ from .matching import NSGF, _Run, _state, fit
 from .models import MLP, UNet
 
 # %% ../nbs/32_endurance.ipynb #32-05
-_VICTIM = dict(width=32, depth=2, batch_size=128, train_steps=600, pool_size=2**15, pool_mb=1, minibatch=64, device="cpu")
+_VICTIM = dict(width=32, depth=2, batch_size=128, train_steps=400, pool_size=2**15, pool_mb=1, minibatch=64, device="cpu")
 
-def _job(folder, every=.05):
+def _job(folder, every=.2):
     "A pool, a training, a model: what is stopped, and taken up by the same call."
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")                                  # what was damaged is counted, not told
