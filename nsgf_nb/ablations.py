@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from .baselines import OTCFM, ot_partners
 from .data import sample_2d
-from .experiment import Experiment, _begun, _kept_floors, _samples, draw
+from .experiment import Experiment, _against, _begun, _kept_floors, _samples, draw
 from .files import load_tensors, made_with, read_json, save_tensors, writable_folder, write_json
 from .flow import particle_flow
 from .matching import NSGF, NSGFConfig, _Coordinates, _build_pool, _start, find_device
@@ -106,7 +106,7 @@ class _Lab:
 def _against_target(lab, sample, seed, draws):
     "SW2 between `sample(seed)` and fresh draws of the target, and its ratio to the floor."
     b, first = lab.b, 1_000_500 + 1000*seed
-    values = [sw2(sample(s), sample_2d(b.target, b.sw2_points, s + 1)) for s in range(first, first + 2*draws, 2)]
+    values = _against(b.target, sw2, b.sw2_points, draws, first, lambda n, s: sample(s))
     m, r = Estimate.of(values), ratio(values, Estimate(lab.floors["sw2"]["mean"], lab.floors["sw2"]["se"]))
     return dict(values=values, mean=m.mean, ratio=r.mean)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from .baselines import OTCFM, OTCFMConfig, RectifiedFlow, SI
 from .data import TARGETS, sample_2d
-from .experiment import Experiment, _along_the_way, _begun, _kept_floors, _samples, draw, measure
+from .experiment import Experiment, _along_the_way, _begun, _distances, _kept_floors, _samples, draw, measure
 from .files import made_with, read_json, writable_folder, write_json
 from .gradient_flow_baselines import EPT, JKOFlow, SlicedWassersteinFlow
 from .matching import NSGF, NSGFConfig, _Batches, find_device
@@ -103,15 +103,22 @@ def _row(c, target, models, result, seed, before):
     measured = {}
     for steps, draws, model in zip(c.steps, c.sw2_draws, models):
         measured |= measure(dataclasses.replace(e, steps=(steps,), sw2_draws=(draws,)), model, result["floors"], seed)
-    for found in measured.values():
-        for d in found.values(): d.update({k: None for k, v in d.items() if v != v})       # one draw has no standard error, and JSON no NaN
+    for found in measured.values(): _no_nan(found)
     phases = {what: sum(m.seconds[what] for m in {id(m): m for m in models}.values()) for what in short.seconds}
     return dict(config=_plain(short.config), made_with=made_with(short.device), seconds=sum(phases.values()) + before, phases=phases, measured=measured,
         w2_along_the_way=_along_the_way(e, short, 1, c.steps[0]), paths=[[[round(u, 2) for u in p] for p in x] for x in paths.tolist()] if seed == 0 else None)
 
+def _no_nan(found):
+    for d in found.values(): d.update({k: None for k, v in d.items() if v != v})       # one draw has no standard error, and JSON no NaN
+    return found
+
+def _repeated(c, target, seed, floors):
+    "What a model could do by repeating the fixed samples: their distances to the target."
+    data = _samples(target, seed, c.fixed)[0]
+    def again(n, s): return data[torch.randperm(len(data), generator=torch.Generator().manual_seed(s))[:n]]
+    return _no_nan(_distances(c.experiment(target), again, c.sw2_draws[0], floors, seed))
+
 def _plain(config): return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
 
 # %% ../nbs/11_comparison.ipynb #11-18
 def compare(
@@ -142,6 +149,7 @@ def compare(
         before = result["methods"].get(_BEFORE.get(name), {}).get("seconds", 0)
         result["methods"][name] = _row(c, target, models, result, seed, before)
         write_json(path, result)
+    if data == "fixed" and "repeated" not in result: write_json(path, result := result | dict(repeated=_repeated(c, target, seed, result["floors"])))
     return result
 
 # %% ../nbs/11_comparison.ipynb #11-20

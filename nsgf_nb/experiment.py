@@ -69,12 +69,18 @@ def draw(
     return model.sample(n, steps, seed, trajectory, x0)
 
 # %% ../nbs/10_experiment.ipynb #10-11
-def _distances(e, model, steps, sw2_draws, seed):
-    "Lists of W2 and SW2 between fresh samples of the model and of the target."
-    def pairs(metric, n, draws, first):
-        return [metric(draw(e.target, model, n, s, steps), sample_2d(e.target, n, s + 1)) for s in range(first, first + 2*draws, 2)]
-    base = 1_000_000 + 1000*seed
-    return dict(w2=pairs(w2, e.w2_points, e.w2_draws, base), sw2=pairs(sw2, e.sw2_points, sw2_draws, base + 500))
+def _against(target, metric, n, draws, first, sample):
+    "`metric` between sample(n, seed) and fresh draws of the target, for so many seeds."
+    return [metric(sample(n, s), sample_2d(target, n, s + 1)) for s in range(first, first + 2*draws, 2)]
+
+def _distances(e, sample, sw2_draws, floors, seed):
+    "W2 and SW2 between sample(n, seed) and the target, with their ratios to the floor."
+    base, found = 1_000_000 + 1000*seed, {}
+    for name, rest in dict(w2=(w2, e.w2_points, e.w2_draws, base), sw2=(sw2, e.sw2_points, sw2_draws, base + 500)).items():
+        values = _against(e.target, *rest, sample)
+        m, r = Estimate.of(values), ratio(values, Estimate(floors[name]["mean"], floors[name]["se"]))
+        found[name] = dict(values=values, mean=m.mean, se=m.se, ratio=r.mean, ratio_se=r.se)
+    return found
 
 # %% ../nbs/10_experiment.ipynb #10-12
 def measure(
@@ -84,13 +90,8 @@ def measure(
     seed:int=0,        # of the samples that are drawn
 )->dict:               # {"10": {"w2": {values, mean, se, ratio, ratio_se}, "sw2": …}, …}
     "W2 and SW2 of a model with their ratios to the floor, at each number of steps."
-    found = {}
-    for steps, sw2_draws in zip(e.steps, e.sw2_draws):
-        found[str(steps)] = {}
-        for name, values in _distances(e, model, steps, sw2_draws, seed).items():
-            m, r = Estimate.of(values), ratio(values, Estimate(floors[name]["mean"], floors[name]["se"]))
-            found[str(steps)][name] = dict(values=values, mean=m.mean, se=m.se, ratio=r.mean, ratio_se=r.se)
-    return found
+    def at(steps): return lambda n, s: draw(e.target, model, n, s, steps)
+    return {str(steps): _distances(e, at(steps), sw2_draws, floors, seed) for steps, sw2_draws in zip(e.steps, e.sw2_draws)}
 
 # %% ../nbs/10_experiment.ipynb #10-13
 def _along_the_way(e, model, draws=5, steps=None):
