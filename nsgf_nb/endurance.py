@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 from .data import sample_2d
 from .disk_pool import DiskPool, _sealed
 from .files import load_tensors, made_with, read_json, save_tensors, writable_folder, write_json
-from .long_runs import Checkpoint, Terminated
+from .long_runs import Checkpoint, Terminated, _tensors_of
 from .flow import _on_paths
-from .matching import NSGF, _Run, _state, fit
+from .matching import NSGF, _parts, _Run, fit
 from .models import MLP, UNet
 
 # %% ../nbs/32_endurance.ipynb #32-05
@@ -304,7 +304,7 @@ def _checkpoint_cost(folder, net, x):
     run.step()
     for _ in range(7):
         start = time.perf_counter()
-        keep.write(_state(run), {})
+        keep.write(_tensors_of(_parts(run)), {})
         found.append(time.perf_counter() - start)
     return dict(parameters=sum(p.numel() for p in net.parameters()), megabytes=keep.path.stat().st_size/2**20, seconds=statistics.median(found), share_of_a_minute=statistics.median(found)/60)
 

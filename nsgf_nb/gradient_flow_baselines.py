@@ -7,13 +7,15 @@ __all__ = ['EPTConfig', 'EPT', 'JKOFlowConfig', 'JKOFlow', 'SWFConfig', 'SlicedW
 
 # %% ../nbs/09_gradient_flow_baselines.ipynb #09-04
 import copy, math, time
+from contextlib import nullcontext
 from dataclasses import dataclass
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
-from .matching import TrainConfig, VelocityModel, _check_sample, _check_setting, _Deck, _ema, _lr_factor, _samplers, _seeded, _watch
+from .long_runs import Checkpoint, locked, stopping
+from .matching import TrainConfig, VelocityModel, _check_sample, _check_setting, _Deck, _ema, _lr_factor, _samplers, _seeded, _settings, _take_up, _watch, _write
 from .models import _check
 
 # %% ../nbs/09_gradient_flow_baselines.ipynb #09-07
@@ -44,46 +46,60 @@ class _StagedConfig(TrainConfig):
         if self.train_steps < self.stages: raise ValueError(f"train_steps must be at least 1 for each of {self.stages} stages, got {self.train_steps}")
 
 # %% ../nbs/09_gradient_flow_baselines.ipynb #09-11
-def _fit_stages(model, data, source, progress):
-    total, losses, interrupted = model.config.train_steps, [], False
-    k, draw_x, draw_y, (_, generator, *_) = _samplers(model, data, source)
-    net, start = model._network(k.shape).to(model.device, torch.float32), time.perf_counter()
-    learning = model._learn(net, k, *((lambda n, draw=draw: draw(n).flatten(1)) for draw in (draw_x, draw_y)), generator)
-    bar = tqdm(learning, total=total, desc="training", disable=not progress, mininterval=.5)
-    try:
-        for i, loss in enumerate(bar):
-            losses.append(loss.detach())
-            if i % 50 == 0: _watch(i, losses[-1], bar)
-    except KeyboardInterrupt: interrupted = True
-    if losses: _watch(len(losses) - 1, losses[-1], bar)
-    model.coordinates, model.source, model.given = k, "normal" if source is None else "given", source
-    model.losses, model.seconds = torch.stack(losses).cpu() if losses else torch.zeros(0), dict(training=time.perf_counter() - start)
-    model.net = net.requires_grad_(False).eval()
-    if progress: tqdm.write(f"{type(model).__name__}: training {model.seconds['training']:.1f} s ({len(losses):,} steps)")
-    if interrupted: raise KeyboardInterrupt(f"stopped after {len(losses):,} of {total:,} steps; the model keeps the stages that were finished")
+def _fit_stages(model, data, source, progress, checkpoint, every):
+    c, losses, stop = model.config, [], []
+    k, draw_x, draw_y, sources = _samplers(model, data, source)
+    draw_x, draw_y = ((lambda n, draw=draw: draw(n).flatten(1)) for draw in (draw_x, draw_y))
+    net, done, settings = model._network(k.shape).to(model.device, torch.float32), 0, _settings(model, k, source)
+    parts = dict(net=net, rng=torch.default_generator, **{f"source{i}": s for i, s in enumerate(sources)}, **model._begin(net, k, draw_x, draw_y))
+    keep, start = Checkpoint(checkpoint) if checkpoint else None, time.perf_counter()
+    if keep and (found := _take_up(parts, keep, settings)): losses, start = found[0], start - found[1]
+    written = time.perf_counter()
+    with stopping() as stop, tqdm(total=c.train_steps, initial=len(losses), desc="training", disable=not progress, mininterval=.5) as bar:
+        try:
+            for i in range(sum(len(losses) >= model._steps_until(j + 1) for j in range(c.stages)), c.stages):
+                for loss in model._teach(parts, i, k, draw_y, sources[1]):
+                    losses.append(loss.detach().cpu())
+                    bar.update()
+                    _watch(len(losses) - 1, losses[-1], bar)
+                if keep and (i + 1 == c.stages or stop or time.perf_counter() - written > every):
+                    _write(parts, keep, settings, losses, time.perf_counter() - start, {})
+                    written = time.perf_counter()
+                if stop: break
+        except KeyboardInterrupt as e: stop.append(type(e))
+    return k, net, losses, time.perf_counter() - start, stop[-1] if stop and len(losses) < c.train_steps else None
 
 # %% ../nbs/09_gradient_flow_baselines.ipynb #09-12
+def _finish(model, source, progress, k, net, losses, seconds, interrupted):
+    "Put what was learned into the model; raise what ended it, where that was a signal."
+    model.coordinates, model.source, model.given = k, "normal" if source is None else "given", source
+    model.losses, model.seconds = torch.stack(losses) if losses else torch.zeros(0), dict(training=seconds)
+    model.net = net.requires_grad_(False).eval()
+    if progress: tqdm.write(f"{type(model).__name__}: training {seconds:.1f} s ({len(losses):,} steps)")
+    if interrupted: raise interrupted(f"stopped after {len(losses):,} of {model.config.train_steps:,} steps; the model keeps the stages that were finished")
+
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-13
 class _Staged(VelocityModel):
-    "A model that learns its stages one after the other. A method says what a stage is, and how the chain learns, loss by loss."
+    "A model that learns its stages one after the other."
     def _network(self, shape): return _Chain([self._stage(math.prod(shape)) for _ in range(self.config.stages)], shape)
 
-    def _share(self, k):
-        "How many of the optimiser steps are stage k's."
-        c = self.config
-        return (k + 1)*c.train_steps//c.stages - k*c.train_steps//c.stages
+    def _steps_until(self, k):
+        "How many optimiser steps the first k stages have together."
+        return k*self.config.train_steps//self.config.stages
 
     def fit(self,
         data,               # tensor (N, *shape), map-style Dataset, or function n -> (n, *shape)
         source=None,        # the same, for the source; N(0, I) in the model's coordinates where None
         progress:bool=True, # show a bar, and a line with the time
-        checkpoint=None,    # must be None: these models cannot go on from a file
+        checkpoint=None,    # file from which to go on where it exists, and to write after a stage …
+        every:float=60.,    # … every so many seconds, at the end, and where it is stopped
     ):                      # the model itself
         "Learn from `source` to `data`. After Ctrl-C the stages that were not finished stay at rest."
-        if checkpoint is not None: raise ValueError(f"checkpoint must be None, got {str(checkpoint)!r}: {type(self).__name__} cannot go on from a file")
-        with _seeded(self.config.seed): _fit_stages(self, data, source, progress)
+        with locked(checkpoint) if checkpoint else nullcontext(), _seeded(self.config.seed):
+            _finish(self, source, progress, *_fit_stages(self, data, source, progress, checkpoint, every))
         return self
 
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-14
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-15
 _SLOPES = {                         # f'(r) with r = e^d, up to a constant
     "kl": lambda d: d,              # f(r) = r log r
     "js": F.logsigmoid,             # f(r) = r log r − (r + 1) log((r + 1)/2)
@@ -104,7 +120,7 @@ class _Ratio(nn.Module):
             x = x.detach().requires_grad_()
             return -self.size*torch.autograd.grad(self.slope(self.log_ratio(x)).sum(), x)[0]
 
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-16
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-17
 def _classify(log_ratio, x, y, penalty):
     "The loss of log r on particles x (B, D) and data y (B, D)."
     z = torch.cat([x, y]).requires_grad_()
@@ -112,7 +128,7 @@ def _classify(log_ratio, x, y, penalty):
     slope, = torch.autograd.grad(d.sum(), z, create_graph=True)
     return F.softplus(-d[:len(x)]).mean() + F.softplus(d[len(x):]).mean() + penalty*slope.square().sum(1).mean()
 
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-21
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-22
 @dataclass(frozen=True)
 class EPTConfig(_StagedConfig):
     "Settings of an `EPT` run."
@@ -132,29 +148,31 @@ class EPTConfig(_StagedConfig):
         super().__post_init__()
         if self.divergence not in _SLOPES: raise ValueError(f"divergence must be one of {', '.join(_SLOPES)}, got {self.divergence!r}")
 
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-22
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-23
 class EPT(_Staged):
     "Euler particle transport (Gao, Huang, Jiao, Liu, Lu, Yang 2022): `EPT().fit(data).sample(n)`."
     Config = EPTConfig
     def _stage(self, dim): return _Ratio(dim, self.config)
 
-    def _learn(self, net, k, draw_x, draw_y, generator):
-        c, done = self.config, 0
-        x, ratio = draw_x(c.particles), copy.deepcopy(net.stages[0])
-        average, opt = AveragedModel(ratio, multi_avg_fn=_ema(c.ema)), torch.optim.AdamW(ratio.parameters(), c.lr, weight_decay=0.)
-        for i, stage in enumerate(net.stages):
-            deal, size = _Deck(x, generator), c.step*(c.last/c.step)**(i/max(1, c.stages - 1))
-            for done in range(done, done + self._share(i)):
-                opt.param_groups[0]["lr"] = c.lr*_lr_factor(done, c.train_steps)
-                loss = _classify(ratio.log_ratio, deal(c.batch_size), draw_y(c.batch_size), c.penalty*size)
-                opt.zero_grad(); loss.backward(); opt.step(); average.update_parameters(ratio)
-                yield loss
-            done += 1
-            stage.load_state_dict(average.module.state_dict())
-            stage.size.fill_(size)
-            x = x + torch.cat([stage(u, 0.) for u in x.split(4096)]).detach()
+    def _begin(self, net, k, draw_x, draw_y):
+        c, ratio = self.config, copy.deepcopy(net.stages[0])
+        opt = torch.optim.AdamW(ratio.parameters(), c.lr, weight_decay=0.)
+        return dict(x=draw_x(c.particles), ratio=ratio, average=AveragedModel(ratio, multi_avg_fn=_ema(c.ema)), opt=opt)
 
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-28
+    def _teach(self, parts, i, k, draw_y, generator):
+        c, x, stage = self.config, parts["x"], parts["net"].stages[i]
+        ratio, average, opt = (parts[name] for name in ("ratio", "average", "opt"))
+        deal, size = _Deck(x, generator), c.step*(c.last/c.step)**(i/max(1, c.stages - 1))
+        for done in range(self._steps_until(i), self._steps_until(i + 1)):
+            opt.param_groups[0]["lr"] = c.lr*_lr_factor(done, c.train_steps)
+            loss = _classify(ratio.log_ratio, deal(c.batch_size), draw_y(c.batch_size), c.penalty*size)
+            opt.zero_grad(); loss.backward(); opt.step(); average.update_parameters(ratio)
+            yield loss
+        stage.load_state_dict(average.module.state_dict())
+        stage.size.fill_(size)
+        parts["x"] = x + torch.cat([stage(u, 0.) for u in x.split(4096)]).detach()
+
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-29
 def _linear(layer, u): return torch.cat([(u[:1] @ layer.weight.T) + layer.bias, u[1:] @ layer.weight.T])
 
 def _bend(u, D):
@@ -183,7 +201,7 @@ class _Potential(nn.Module):
 
     def forward(self, x, s): return self.derivatives(x, 1 - s)[0]
 
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-31
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-32
 def _push(potential, x, steps):
     "x (B, D) at s = 1, and three integrals (B,) on the way: log det, ½|∇Φ|² and the HJB residual."
     D, h = x.shape[1], 1/steps
@@ -200,7 +218,7 @@ def _push(potential, x, steps):
         state = state + h/6*(a + 2*b + 2*c + d)
     return state[:, :D], *state[:, D:].unbind(1)
 
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-34
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-35
 @dataclass(frozen=True)
 class JKOFlowConfig(_StagedConfig):
     "Settings of a `JKOFlow` run."
@@ -216,7 +234,7 @@ class JKOFlowConfig(_StagedConfig):
     time_steps: int = 2      # Runge–Kutta steps of each stage
     particles: int = 2**16   # data that make the way together
 
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-36
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-37
 def _check_given(source, log_density):
     "Do source and density come together?"
     if source is not None and log_density is None: raise ValueError("log_density must come with source: JKO-Flow maximises a likelihood under the source, got None")
@@ -241,7 +259,7 @@ def _train_potential(work, deal, log_source, steps, c):
         yield loss
     work.load_state_dict(average.module.state_dict())
 
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-37
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-38
 class JKOFlow(_Staged):
     "JKO-Flow (Vidal, Wu Fung, Tenorio, Osher, Nurbekyan 2023): `JKOFlow().fit(data).sample(n)`."
     Config, log_density = JKOFlowConfig, None
@@ -251,13 +269,14 @@ class JKOFlow(_Staged):
         data,               # tensor (N, *shape), map-style Dataset, or function n -> (n, *shape)
         source=None,        # the same, for the source; N(0, I) in the model's coordinates where None
         progress:bool=True, # show a bar, and a line with the time
-        checkpoint=None,    # must be None: this model cannot go on from a file
+        checkpoint=None,    # file from which to go on where it exists, and to write after a stage …
+        every:float=60.,    # … every so many seconds, at the end, and where it is stopped
         log_density=None,   # of a source that is given: points (n, *shape) in the data's unit -> (n,), differentiable
     ):                      # the model itself
         "Learn from `source` to `data`, by way of the likelihood. After Ctrl-C the stages that were not finished stay at rest."
         _check_given(source, log_density)
         self.log_density = log_density
-        return super().fit(data, source, progress, checkpoint)
+        return super().fit(data, source, progress, checkpoint, every)
 
     def log_prob(self,
         x:Tensor, # points (n, *shape), in the data's unit
@@ -267,16 +286,19 @@ class JKOFlow(_Staged):
         if self.source == "given" and self.log_density is None: raise ValueError("log_density is not part of a model's file: set model.log_density to that of its source")
         with torch.no_grad(): return torch.cat([_log_prob(self, u, k) for u in k.to_model(_check_sample("x", x, k.shape)).flatten(1).split(4096)])
 
-    def _learn(self, net, k, draw_x, draw_y, generator):
-        c, y, log_source = self.config, draw_y(self.config.particles), _log_source(self.log_density, k)
+    def _begin(self, net, k, draw_x, draw_y):
+        y = draw_y(self.config.particles)
         if self.log_density: _check_density(self.log_density, k.to_data(draw_x(16).view(-1, *k.shape)))
-        for i, stage in enumerate(reversed(net.stages)):
-            work = copy.deepcopy(stage)
-            yield from _train_potential(work, _Deck(y, generator), log_source, self._share(i), c)
-            stage.load_state_dict(work.state_dict())
-            with torch.no_grad(): y = torch.cat([_push(stage, u, c.time_steps)[0] for u in y.split(4096)])
+        return dict(y=y)
 
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-38
+    def _teach(self, parts, i, k, draw_y, generator):
+        c, y, stage = self.config, parts["y"], parts["net"].stages[-1 - i]          # from the data's end
+        work = copy.deepcopy(stage)
+        yield from _train_potential(work, _Deck(y, generator), _log_source(self.log_density, k), self._steps_until(i + 1) - self._steps_until(i), c)
+        stage.load_state_dict(work.state_dict())
+        with torch.no_grad(): parts["y"] = torch.cat([_push(stage, u, c.time_steps)[0] for u in y.split(4096)])
+
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-39
 def _log_source(log_density, k):
     "The source's log density as a function of z (B, D), in the model's coordinates `k`."
     D, unit = math.prod(k.shape), k.scale.double().log().item()
@@ -290,7 +312,7 @@ def _log_prob(model, z, k):
         total = total + log_det
     return total + _log_source(model.log_density, k)(z)
 
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-43
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-44
 def _quantiles(p, count):
     "`count` quantiles of each row of p (L, N), the smallest and the largest entry among them."
     return p.sort(1).values[:, torch.linspace(0, p.shape[1] - 1, count, device=p.device).round().long()]
@@ -309,7 +331,7 @@ class _Slices(nn.Module):
         shift = torch.lerp(u, v, ((p - a)/(b - a).clamp(min=1e-12)).clamp(0, 1))
         return x.shape[1]/len(self.weight)*(shift.T @ self.weight)
 
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-45
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-46
 @dataclass(frozen=True)
 class SWFConfig(_StagedConfig):
     "Settings of a `SlicedWassersteinFlow`. There is no network and no optimiser: `train_steps` is put to `stages`, `width` and `depth` to 1."
@@ -324,19 +346,20 @@ class SWFConfig(_StagedConfig):
         for name in ("quantiles", "particles"):
             if getattr(self, name) < 2: raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}")
 
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-46
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-47
 class SlicedWassersteinFlow(_Staged):
     "Sliced-Wasserstein flow (Liutkus, Şimşekli, Majewski, Durmus, Stöter 2019): `SlicedWassersteinFlow().fit(data).sample(n)`."
     Config = SWFConfig
     def _stage(self, dim): return _Slices(dim, self.config)
 
-    def _learn(self, net, k, draw_x, draw_y, generator):
-        c, x = self.config, draw_x(self.config.particles)
+    def _begin(self, net, k, draw_x, draw_y): return dict(x=draw_x(self.config.particles))
+
+    def _teach(self, parts, i, k, draw_y, generator):
+        c, x, stage = self.config, parts["x"], parts["net"].stages[i]
         D = x.shape[1]
-        for stage in net.stages:
-            frames = torch.linalg.qr(torch.randn(-(-c.directions//D), D, D, generator=generator, dtype=torch.float32)).Q
-            directions = frames.flatten(0, 1)[:c.directions].to(x.device)
-            here, there = (_quantiles(directions @ u.T, c.quantiles) for u in (x, draw_y(c.particles)))
-            for name, value in dict(weight=directions, knots=here, shifts=c.step*(there - here)).items(): getattr(stage, name).copy_(value)
-            x = x + torch.cat([stage(u, 0.) for u in x.split(4096)])
-            yield (there - here).square().mean()
+        frames = torch.linalg.qr(torch.randn(-(-c.directions//D), D, D, generator=generator, dtype=torch.float32)).Q
+        directions = frames.flatten(0, 1)[:c.directions].to(x.device)
+        here, there = (_quantiles(directions @ u.T, c.quantiles) for u in (x, draw_y(c.particles)))
+        for name, value in dict(weight=directions, knots=here, shifts=c.step*(there - here)).items(): getattr(stage, name).copy_(value)
+        parts["x"] = x + torch.cat([stage(u, 0.) for u in x.split(4096)])
+        yield (there - here).square().mean()

@@ -45,6 +45,36 @@ class Checkpoint:
         for path in (self.path, self.before): path.unlink(missing_ok=True)
 
 # %% ../nbs/04c_long_runs.ipynb #04c-10
+def _tensors_of(parts):
+    "All that is in tensors, modules, optimisers and generators, or whatever else has `state_dict` or `get_state`, as tensors by name."
+    found = {}
+    for name, p in parts.items():
+        if isinstance(p, torch.Tensor): found[name] = p
+        elif hasattr(p, "get_state"): found[name] = p.get_state()
+        else:
+            state = p.state_dict()
+            if isinstance(p, torch.optim.Optimizer): state = {f"{i}.{k}": t for i, s in state["state"].items() for k, t in s.items()}
+            found |= {f"{name}.{k}": t for k, t in state.items()}
+    return found
+
+def _below(name, tensors):
+    "Those tensors whose names begin with `name` and a dot, by the rest of their names."
+    return {k[len(name) + 1:]: t for k, t in tensors.items() if k.startswith(name + ".")}
+
+def _put_back(parts, tensors):
+    "The way back, in place; `ValueError` and others where the tensors are not those of the parts."
+    for name, p in parts.items():
+        if isinstance(p, torch.Tensor): p.copy_(tensors[name])
+        elif hasattr(p, "get_state"): p.set_state(tensors[name])
+        elif isinstance(p, torch.optim.Optimizer):
+            state, weights = {}, [w for group in p.param_groups for w in group["params"]]
+            for k, t in _below(name, tensors).items():
+                i, what = k.split(".")
+                state.setdefault(int(i), {})[what] = torch.empty_like(weights[int(i)]).copy_(t) if t.ndim else t
+            p.load_state_dict(dict(state=state, param_groups=p.state_dict()["param_groups"]))
+        else: p.load_state_dict(_below(name, tensors))
+
+# %% ../nbs/04c_long_runs.ipynb #04c-13
 @contextmanager
 def locked(
     path,         # what only one process may work on; the lock is a hidden file beside it
@@ -59,7 +89,7 @@ def locked(
     try: yield
     finally: lock.release()
 
-# %% ../nbs/04c_long_runs.ipynb #04c-13
+# %% ../nbs/04c_long_runs.ipynb #04c-16
 class Terminated(KeyboardInterrupt):
     "SIGTERM, raised where Ctrl-C raises its parent."
 
@@ -76,7 +106,7 @@ def stopping():
     finally:
         for number, handler in before.items(): signal.signal(number, handler or signal.SIG_DFL)
 
-# %% ../nbs/04c_long_runs.ipynb #04c-16
+# %% ../nbs/04c_long_runs.ipynb #04c-19
 def room_for(
     path,      # file that will be written
     size:int,  # bytes that it will need
@@ -86,7 +116,7 @@ def room_for(
     free = shutil.disk_usage(folder).free
     if free < size: raise OSError(f"{folder} needs {size/2**20:,.1f} MB for {Path(path).name}, but its disk has {free/2**20:,.1f} MB left")
 
-# %% ../nbs/04c_long_runs.ipynb #04c-19
+# %% ../nbs/04c_long_runs.ipynb #04c-22
 def check_loss(
     loss,            # of a step
     step:int,        # its number
@@ -102,7 +132,7 @@ def all_finite(
     "Are all numbers finite?"
     return all(t.isfinite().all().item() for t in tensors.values() if t.is_floating_point())
 
-# %% ../nbs/04c_long_runs.ipynb #04c-22
+# %% ../nbs/04c_long_runs.ipynb #04c-25
 def explain_memory(
     error,     # what was raised
     attempt,   # function of a number of samples, which needs memory for them

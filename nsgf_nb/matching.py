@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .disk_pool import DiskPool, build_pool
 from .files import load_tensors, save_tensors
 from .flow import TrajectoryPool, integrate
-from .long_runs import Checkpoint, all_finite, check_loss, explain_memory, locked, room_for, stopping
+from .long_runs import Checkpoint, _below, _put_back, _tensors_of, all_finite, check_loss, explain_memory, locked, room_for, stopping
 from .models import MLP, UNet
 from .ranks import each, explain_loss, ranks, sharing
 from .sinkhorn import check_points
@@ -90,58 +90,52 @@ def _versions():
     import nsgf_nb
     return dict(nsgf_nb=nsgf_nb.__version__, torch=torch.__version__)
 
-def _state(run):
-    "All that a run needs to go on, as tensors."
-    tensors = {f"{name}.{k}": t for name, m in (("net", run.net), ("average", run.average)) for k, t in m.state_dict().items()}
-    tensors |= {f"adam.{i}.{k}": t for i, found in run.opt.state_dict()["state"].items() for k, t in found.items()}
-    tensors |= {f"batches.{k}": t for k, t in getattr(run.batches, "state_dict", dict)().items()}
-    return tensors | dict(rng=torch.get_rng_state(), losses=torch.stack(run.losses))
+def _check_same(settings, about, path):
+    "Is a checkpoint of this very run?"
+    theirs, made = (v if isinstance(v, dict) else {} for v in (about.get("settings"), about.get("versions")))
+    other = [f"{k}={theirs.get(k)!r}, not {v!r}" for k, v in settings.items() if theirs.get(k) != v]
+    if other: raise ValueError(f"{path} is a checkpoint of another run, with {'; '.join(other)}: name another file, or remove it")
+    old = [f"{k} {made.get(k)}, not {v}" for k, v in _versions().items() if made.get(k) != v]
+    if old: warnings.warn(f"{path} was made by {', '.join(old)}: the training goes on from it, but may not end as it would have", stacklevel=5)
 
-def _save_run(run, keep, seconds):
-    "Write a checkpoint, if the state is worth it; a disk that fails now does not end the training."
-    run.seconds, tensors, i = seconds, _state(run), len(run.losses)
-    if not all_finite(tensors): raise FloatingPointError(f"weights or loss are no longer finite after step {i - 1}: try a smaller learning rate (lr) or a bound on the gradient (clip=1){run.kept}")
-    try: keep.write(tensors, dict(settings=run.c, versions=_versions(), seconds=run.seconds, phases=run.phases))
-    except OSError as e: return warnings.warn(f"no checkpoint of step {i - 1} was written, the training goes on: {e}", stacklevel=3)
-    run.kept = f"; step {i - 1} is in {keep.path}"
+def _take_up(parts, keep, settings):
+    "Put the state of a checkpoint into `parts`; its losses, seconds and phases, or None where there is no checkpoint."
+    if not (found := keep.read()): return None
+    tensors, about = found
+    _check_same(settings, about, keep.path)
+    try:
+        _put_back(parts, tensors)
+        return list(tensors["losses"]), float(about["seconds"]), dict(about["phases"])
+    except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as e:
+        raise ValueError(f"{keep.path} does not hold a whole run: {' '.join(str(e).split())[:300]}") from None
+
+def _write(parts, keep, settings, losses, seconds, phases, kept=""):
+    "Write a checkpoint, if the state is worth it, and say where it is; a disk that fails now does not end the training."
+    tensors, i = _tensors_of(parts) | dict(losses=torch.stack(losses)), len(losses)
+    if not all_finite(tensors): raise FloatingPointError(f"weights or loss are no longer finite after step {i - 1}: try a smaller learning rate (lr) or a bound on the gradient (clip=1){kept}")
+    try: keep.write(tensors, dict(settings=settings, versions=_versions(), seconds=seconds, phases=phases))
+    except OSError as e: warnings.warn(f"no checkpoint of step {i - 1} was written, the training goes on: {e}", stacklevel=4); return kept
+    return f"; step {i - 1} is in {keep.path}"
 
 def _steps_done(path):
     "How many steps the run of a checkpoint has behind it."
     found = Checkpoint(path).read() if path else None
     return len(found[0]["losses"]) if found else 0
 
-def _below(name, tensors):
-    "Those tensors whose names begin with `name` and a dot, by the rest of their names."
-    return {k[len(name) + 1:]: t for k, t in tensors.items() if k.startswith(name + ".")}
-
 # %% ../nbs/05_matching.ipynb #05-13
-def _check_same(run, about, path):
-    "Is a checkpoint of this very run?"
-    theirs, made = (v if isinstance(v, dict) else {} for v in (about.get("settings"), about.get("versions")))
-    other = [f"{k}={theirs.get(k)!r}, not {v!r}" for k, v in run.c.items() if theirs.get(k) != v]
-    if other: raise ValueError(f"{path} is a checkpoint of another run, with {'; '.join(other)}: name another file, or remove it")
-    old = [f"{k} {made.get(k)}, not {v}" for k, v in _versions().items() if made.get(k) != v]
-    if old: warnings.warn(f"{path} was made by {', '.join(old)}: the training goes on from it, but may not end as it would have", stacklevel=4)
-
-def _take_up(run, tensors, about):
-    run.net.load_state_dict(_below("net", tensors)); run.average.load_state_dict(_below("average", tensors))
-    state, weights = {}, list(run.net.parameters())
-    for k, t in _below("adam", tensors).items():
-        i, what = k.split(".")
-        state.setdefault(int(i), {})[what] = torch.empty_like(weights[int(i)]).copy_(t) if t.ndim else t  # laid out as the weights are: a fused step takes that for granted
-    run.opt.load_state_dict(dict(state=state, param_groups=run.opt.state_dict()["param_groups"]))
-    if hasattr(run.batches, "load_state_dict"): run.batches.load_state_dict(_below("batches", tensors))
-    torch.set_rng_state(tensors["rng"])
-    run.losses, run.seconds = list(tensors["losses"].to(run.device)), float(about["seconds"])
-    run.phases.update(about["phases"])
+def _parts(run):
+    "All that a run needs to go on."
+    return dict(net=run.net, average=run.average, adam=run.opt, rng=torch.default_generator) | (dict(batches=run.batches) if hasattr(run.batches, "state_dict") else {})
 
 def _load_run(run, keep):
-    if not (found := keep.read()): return
-    _check_same(run, found[1], keep.path)
-    try: _take_up(run, *found)
-    except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as e:
-        raise ValueError(f"{keep.path} does not hold a whole run: {' '.join(str(e).split())[:300]}") from None
-    run.kept = f"; step {len(run.losses) - 1} is in {keep.path}"
+    if not (found := _take_up(_parts(run), keep, run.c)): return
+    losses, run.seconds, phases = found
+    run.losses, run.kept = [u.to(run.device) for u in losses], f"; step {len(losses) - 1} is in {keep.path}"
+    run.phases.update(phases)
+
+def _save_run(run, keep, seconds):
+    run.seconds = seconds
+    run.kept = _write(_parts(run), keep, run.c, run.losses, seconds, run.phases, run.kept)
 
 # %% ../nbs/05_matching.ipynb #05-15
 def _begin(run, checkpoint, progress):
@@ -463,14 +457,18 @@ def _samplers(model, data, source):
     def target(n): return k.to_model(_flipped(deals[0](n), generator) if c.flip else deals[0](n))
     return k, normal if source is None else given, target, [on_device, generator, *(d for d in deals if hasattr(d, "get_state"))]
 
+def _settings(model, k, source):
+    "What has to be the same where a run is taken up."
+    settings = dict(model=type(model).__name__, data=f"{k.shape}, scale {k.scale:.6g}, {k.seen}", source="normal" if source is None else "given", **dataclasses.asdict(model.config))
+    return json.loads(json.dumps(settings))
+
 def _fit(model, data, source, progress, checkpoint, every):
     c = model.config
     k, draw_x, draw_y, sources = _samplers(model, data, source)
     net = model._network(k.shape).to(model.device, torch.float32)
     model.seconds = {}
     batches = iter(()) if _steps_done(checkpoint) == c.train_steps else model._batches(k, draw_x, draw_y, sources, progress)
-    settings = dict(model=type(model).__name__, data=f"{k.shape}, scale {k.scale:.6g}, {k.seen}", source="normal" if source is None else "given", **dataclasses.asdict(c))
-    fitted = fit(net, batches, c.train_steps, c.lr, c.ema, progress, c.clip, c.bf16, c.compile, checkpoint, every, settings, model.seconds)
+    fitted = fit(net, batches, c.train_steps, c.lr, c.ema, progress, c.clip, c.bf16, c.compile, checkpoint, every=every, settings=_settings(model, k, source), phases=model.seconds)
     model.coordinates, model.source, model.given = k, "normal" if source is None else "given", source
     model.net, model.losses, model.seconds["training"] = fitted.net.requires_grad_(False).eval(), fitted.losses, fitted.seconds
     if progress:

@@ -1,5 +1,7 @@
 """EPT, JKO-Flow and the sliced-Wasserstein flow: closed forms, one convention for all, files, determinism, bad input."""
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from nsgf_nb.data import sample_2d, source_2d
+from nsgf_nb.long_runs import Terminated
 from nsgf_nb.gradient_flow_baselines import EPT, EPTConfig, JKOFlow, JKOFlowConfig, SlicedWassersteinFlow, SWFConfig, _Chain, _Potential, _push, _SLOPES
 from nsgf_nb.matching import NSGFConfig
 from nsgf_nb.metrics import sw2
@@ -131,17 +134,37 @@ def test_a_sliced_flow_of_one_stage_comes_back_whatever_the_depth(tmp_path):
 
 @each_learner
 def test_interrupted_training_keeps_the_finished_stages(cls, monkeypatch):
-    learn = cls._learn
+    teach, seen = cls._teach, []
     def some(self, *a):
-        for i, loss in enumerate(learn(self, *a)):
-            if i == 5: raise KeyboardInterrupt
+        for loss in teach(self, *a):
+            if len(seen) == 5: raise KeyboardInterrupt
+            seen.append(1)
             yield loss
-    monkeypatch.setattr(cls, "_learn", some)
+    monkeypatch.setattr(cls, "_teach", some)
     model = cls(TINY[cls], device="cpu")
     with pytest.raises(KeyboardInterrupt, match="stopped after 5 of"): model.fit(normal(200, 2), progress=False)
     x, learned = normal(5, 2), range(2) if cls is EPT else [1]       # JKO-Flow learns from the data's end
     moving = [k for k in range(model.config.stages) if model.net.stages[k](x, torch.zeros(5)).abs().max() > 0]
     assert moving == list(learned) and model.sample(3).isfinite().all() and len(model.losses) == 5
+
+
+@each_method
+def test_a_stopped_training_goes_on_to_the_bit(cls, monkeypatch, tmp_path):
+    "SIGTERM in the middle of a stage: it is finished, and the same call goes on with the next."
+    data, teach, seen = normal(300, 2), cls._teach, []
+    whole = cls(TINY[cls], device="cpu").fit(data, progress=False)
+    def some(self, *a):
+        for loss in teach(self, *a):
+            seen.append(1)
+            if len(seen) == 2: os.kill(os.getpid(), signal.SIGTERM)
+            yield loss
+    with monkeypatch.context() as patch:
+        patch.setattr(cls, "_teach", some)
+        with pytest.raises(Terminated, match="stopped after [0-9]+ of"): cls(TINY[cls], device="cpu").fit(data, progress=False, checkpoint=tmp_path/"c")
+    assert 0 < len(load_file(tmp_path/"c")["losses"]) < len(whole.losses)
+    again = cls(TINY[cls], device="cpu").fit(data, progress=False, checkpoint=tmp_path/"c")
+    assert torch.equal(again.losses, whole.losses) and all(torch.equal(u, v) for u, v in zip(again.net.state_dict().values(), whole.net.state_dict().values()))
+    with pytest.raises(ValueError, match="c is a checkpoint of another run, with data="): cls(TINY[cls], device="cpu").fit(data + 1, progress=False, checkpoint=tmp_path/"c")
 
 
 # ---- EPT
@@ -299,7 +322,6 @@ def test_bad_data_is_refused_by_name(cls):
                               (torch.full((5, 2), math.nan), ValueError, "^data has 10 NaN"), ([[0.]], TypeError, "^data must be a tensor.*got list")]:
         with pytest.raises(error, match=words): tiny(cls, bad)
     with pytest.raises(ValueError, match=r"^source must be of shape \(n, 2\), got \(\d+, 3\)"): tiny(cls, source=normal(50, 3), density=log_blob if cls is JKOFlow else None)
-    with pytest.raises(ValueError, match="^checkpoint must be None, got 'file'"): cls(TINY[cls], device="cpu").fit(normal(50, 2), checkpoint="file")
     with pytest.raises(TypeError, match=f"config must be a {cls.Config.__name__}, got NSGFConfig"): cls(NSGFConfig())
     with pytest.raises(TypeError, match="'blur' is no setting"): cls(blur=3.)
     with pytest.raises(ValueError, match="channels must be 0, got 8"): cls(channels=8)

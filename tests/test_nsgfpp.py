@@ -1,6 +1,5 @@
 """NSGF++ at toy size: parts that train in any order, alone or together; resuming to the bit; an NFE that is what was called; couplings; what is refused."""
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -113,7 +112,8 @@ def stopping(monkeypatch, after, where=_Run, what="step"):
         calls.append(1)
         return inner(self, *args)
     monkeypatch.setattr(where, what, wrapped)
-    monkeypatch.setattr(matching, "fit", functools.partial(matching.fit, every=-1.))
+    fit = matching.fit
+    monkeypatch.setattr(matching, "fit", lambda *args, **kw: fit(*args, **kw | dict(every=-1.)))
 
 
 KINDS = {

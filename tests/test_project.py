@@ -31,7 +31,7 @@ MAP = {
     "speed": {"data", "files", "flow", "sinkhorn"},
     "experiment": {"data", "files", "long_runs", "matching", "metrics", "ranks"},
     "baselines": {"flow", "matching", "nsgfpp"},
-    "gradient_flow_baselines": {"matching", "models"},
+    "gradient_flow_baselines": {"long_runs", "matching", "models"},
     "comparison": {"baselines", "data", "experiment", "files", "gradient_flow_baselines", "matching", "nsgfpp"},
     "ablations": {"baselines", "data", "experiment", "files", "flow", "matching", "metrics", "nsgfpp", "sinkhorn"},
     "endurance": {"data", "disk_pool", "files", "flow", "long_runs", "matching", "models"},
