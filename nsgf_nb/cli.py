@@ -18,7 +18,7 @@ from .experiment import DEMO, EXPERIMENTS, _report, draw, measure, measure_floor
 from .files import made_with, read_json, writable_folder
 from .image_experiment import IMAGE_EXPERIMENTS, load_model, measure_images, report_images, run_images, sample_images, save_sheet
 from .image_metrics import _SETTINGS, make_classifier
-from .long_runs import Terminated
+from .long_runs import Checkpoint, Terminated
 from .matching import NSGF, find_device
 from .nsgfpp import PARTS
 
@@ -36,8 +36,10 @@ def _train_classifier(args):
     name = args.name.removeprefix("classifier-")
     train, test = (load_images(name, split, labels=True) for split in ("train", "test"))
     for seed in args.seeds:
-        net, path = make_classifier(name, train, test, seed), writable_folder(Path(args.out)/args.name/f"seed{seed}")/"classifier.safetensors"
+        folder = writable_folder(Path(args.out)/args.name/f"seed{seed}")
+        net, path = make_classifier(name, train, test, seed, checkpoint=folder/"training.checkpoint"), folder/"classifier.safetensors"
         net.save(path)
+        Checkpoint(folder/"training.checkpoint").remove()
         print(f"test accuracy {net.about['test_accuracy']:.4f} on {len(test[0]):,} images; wrote {path}", flush=True)
 
 def _train_command(args):

@@ -10,9 +10,10 @@ __all__ = ['Classifier', 'train_classifier', 'make_classifier', 'frechet_distanc
 import hashlib
 import math
 import socket
+import time
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from .files import load_tensors, save_tensors, shipped
+from .long_runs import Checkpoint, _take_up, _write, locked, stopping
 from .sinkhorn import check_points
 
 # %% ../nbs/07b_image_metrics.ipynb #07b-07
@@ -105,6 +107,36 @@ def _seeded_classifier(x, labels, width, seed):
         return Classifier(tuple(x.shape[1:]), int(labels.max()) + 1, width).to(x.device, memory_format=torch.channels_last).train()
 
 # %% ../nbs/07b_image_metrics.ipynb #07b-17
+def _classifier_run(x, labels, c):
+    "Network, optimiser, its cycle, generator and order of the images at the beginning of a run of settings c, and how many steps an epoch has."
+    net, size = _seeded_classifier(x, labels, c["width"], c["seed"]), min(c["batch_size"], len(x))
+    optimiser = torch.optim.AdamW(net.parameters(), c["lr"], weight_decay=.05)
+    parts = dict(net=net, adam=optimiser, generator=torch.Generator().manual_seed(c["seed"]), order=torch.arange(len(x)))
+    return parts, torch.optim.lr_scheduler.OneCycleLR(optimiser, c["lr"], total_steps=c["epochs"]*(len(x)//size)), len(x)//size, size
+
+def _train_classifier(x, labels, c, progress, keep, every):
+    parts, cycle, epoch, size = _classifier_run(x, labels, c)
+    net, optimiser, generator, order = parts.values()
+    losses, before, _ = keep and _take_up(parts, keep, c) or ([], 0., {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)                  # that the optimiser has not stepped yet: it did, before the stop
+        for _ in losses: cycle.step()
+    start = written = time.perf_counter()
+    with stopping() as stop, tqdm(total=c["epochs"]*epoch, initial=len(losses), desc="classifier", disable=not progress, mininterval=.5) as bar:
+        for step in range(len(losses), c["epochs"]*epoch):
+            if step % epoch == 0: order.copy_(torch.randperm(len(x), generator=generator))
+            i = order[step % epoch*size:(step % epoch + 1)*size].to(x.device)
+            loss = F.cross_entropy(net(_shifted(x[i], c["shift"], generator).contiguous(memory_format=torch.channels_last)), labels[i])
+            optimiser.zero_grad(); loss.backward(); optimiser.step(); cycle.step()
+            losses.append(loss.detach())
+            bar.update()
+            if keep and (stop or step + 1 == c["epochs"]*epoch or time.perf_counter() - written > every):
+                _write(parts, keep, c, losses, before + time.perf_counter() - start, {})
+                written = time.perf_counter()
+            if stop: raise stop[0](f"stopped after {step + 1:,} of {c['epochs']*epoch:,} steps")
+    return net
+
+# %% ../nbs/07b_image_metrics.ipynb #07b-18
 def train_classifier(
     x:Tensor,            # training images (N, C, H, W) in [-1, 1], on the device to train on
     labels:Tensor,       # their classes (N,), integers from 0
@@ -115,49 +147,40 @@ def train_classifier(
     shift:int=2,         # pixels by which an image moves, at most
     seed:int=0,          # of weights, order and shifts
     progress:bool=True,  # show a bar?
+    checkpoint=None,     # file from which to go on where it exists, and to write …
+    every:float=60.,     # … every so many seconds, at the end, and where it is stopped
 )->Classifier:           # in eval mode
     "Train a `Classifier` with cross entropy."
-    net, generator = _seeded_classifier(x, labels, width, seed), torch.Generator().manual_seed(seed)
-    labels, batch_size = labels.to(x.device), min(batch_size, len(x))
-    steps = epochs*(len(x)//batch_size)
-    optimiser = torch.optim.AdamW(net.parameters(), lr, weight_decay=.05)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps)
-    with tqdm(total=steps, desc="classifier", disable=not progress, mininterval=.5) as bar:
-        for _ in range(epochs):
-            for i in torch.randperm(len(x), generator=generator)[:steps//epochs*batch_size].to(x.device).split(batch_size):
-                batch = _shifted(x[i], shift, generator).contiguous(memory_format=torch.channels_last)
-                loss = F.cross_entropy(net(batch), labels[i])
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-                cycle.step()
-                bar.update()
+    with locked(checkpoint) if checkpoint else nullcontext():
+        settings = dict(width=width, epochs=epochs, batch_size=batch_size, lr=lr, shift=shift, seed=seed, data=hashlib.sha256(x.cpu().numpy()).hexdigest()[:12])
+        net = _train_classifier(x, labels.to(x.device), settings, progress, Checkpoint(checkpoint) if checkpoint else None, every)
     return net.eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
 
-# %% ../nbs/07b_image_metrics.ipynb #07b-21
+# %% ../nbs/07b_image_metrics.ipynb #07b-22
 _SETTINGS = { # of train_classifier
     "digits": dict(width=16, epochs=60, batch_size=64, lr=4e-3, shift=1),
     "mnist": dict(width=16, epochs=8, batch_size=256, lr=4e-3, shift=2),
     "cifar10": dict(width=24, epochs=40, batch_size=256, lr=4e-3, shift=4), # not shipped: it wants all of the data
 }
 
-# %% ../nbs/07b_image_metrics.ipynb #07b-22
+# %% ../nbs/07b_image_metrics.ipynb #07b-23
 def make_classifier(
     name:str,           # "digits", "mnist" or "cifar10"
     train:tuple,        # images and labels to learn from: load_images(name, "train", labels=True)
     test:tuple,         # images and labels to judge by: load_images(name, "test", labels=True)
     seed:int=0,
     progress:bool=True, # show a bar?
+    checkpoint=None,    # file from which to go on, as in `train_classifier`
 )->Classifier:          # `save` it as nsgf_nb/weights/classifier-NAME.safetensors to ship it
     "Train the classifier called `name`; its `about` tells from what, how, and how well."
     if name not in _SETTINGS: raise ValueError(f"name must be one of {', '.join(_SETTINGS)}, got {name!r}")
-    net = train_classifier(*train, **_SETTINGS[name], seed=seed, progress=progress)
+    net = train_classifier(*train, **_SETTINGS[name], seed=seed, progress=progress, checkpoint=checkpoint)
     with torch.no_grad(): right = sum(int((net(x).argmax(1).cpu() == y.cpu()).sum()) for x, y in zip(*(t.split(500) for t in test)))
     net.about = dict(data=name, settings=_SETTINGS[name], seed=seed, training_images=len(train[0]), test_images=len(test[0]),
                      test_accuracy=right/len(test[0]), command=f"nsgf train classifier-{name} --seed {seed}")
     return net
 
-# %% ../nbs/07b_image_metrics.ipynb #07b-27
+# %% ../nbs/07b_image_metrics.ipynb #07b-28
 def _batches(name, x, batch_size):
     "The batches of a tensor, or of an iterable, such as a DataLoader; labels are left behind."
     if isinstance(x, Tensor): return check_points(name, x).split(batch_size)
@@ -187,7 +210,7 @@ def _factor(cov):
     values, vectors = torch.linalg.eigh(cov)
     return vectors*values.clamp(min=0).sqrt()
 
-# %% ../nbs/07b_image_metrics.ipynb #07b-28
+# %% ../nbs/07b_image_metrics.ipynb #07b-29
 def frechet_distance(
     x,                      # tensor (N, *shape), or an iterable of batches of it
     y,                      # the same, (M, *shape); M may differ from N
@@ -200,7 +223,7 @@ def frechet_distance(
     cross = torch.linalg.svdvals(_factor(c1).T @ _factor(c2)).sum()
     return max(float((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2*cross), 0.)
 
-# %% ../nbs/07b_image_metrics.ipynb #07b-43
+# %% ../nbs/07b_image_metrics.ipynb #07b-44
 @torch.no_grad()
 def class_histogram(
     x,                    # images (N, C, H, W) in [-1, 1], or an iterable of batches of them
@@ -216,7 +239,7 @@ def class_histogram(
         total = total + torch.bincount(best[p >= confidence], minlength=logits.shape[1]).cpu()
     return total
 
-# %% ../nbs/07b_image_metrics.ipynb #07b-48
+# %% ../nbs/07b_image_metrics.ipynb #07b-49
 def _distances(a, b, chunk):
     "Rows of the distance matrix between (N, F) and (M, F), a chunk at a time."
     return (torch.cdist(rows, b, compute_mode="donot_use_mm_for_euclid_dist") for rows in a.split(chunk))
@@ -225,7 +248,7 @@ def _radii(f, k, chunk):
     "Distance of every point to its k-th nearest other: the k+1 nearest are itself and k others."
     return torch.cat([d.topk(k + 1, largest=False).values[:, k] for d in _distances(f, f, chunk)])
 
-# %% ../nbs/07b_image_metrics.ipynb #07b-49
+# %% ../nbs/07b_image_metrics.ipynb #07b-50
 def precision_recall(
     x,                      # generated: tensor (N, *shape), or an iterable of batches of it
     y,                      # real: the same, (M, *shape)
@@ -245,7 +268,7 @@ def precision_recall(
         recalled |= (d <= reach[:, None]).any(0)
     return precise/len(a), recalled.double().mean().item()
 
-# %% ../nbs/07b_image_metrics.ipynb #07b-55
+# %% ../nbs/07b_image_metrics.ipynb #07b-56
 _WEIGHTS = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 
 @contextmanager
@@ -270,7 +293,7 @@ def _weights():
         raise RuntimeError(f"{file} is broken, its SHA-256 does not start with {digits}: delete it, and it will be fetched again from {_WEIGHTS}")
     return file
 
-# %% ../nbs/07b_image_metrics.ipynb #07b-56
+# %% ../nbs/07b_image_metrics.ipynb #07b-57
 def _inception():
     "The standard network: uint8 images (B, 3, H, W) -> features (B, 2048), logits (B, 1008)."
     with _extra(): from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -295,7 +318,7 @@ def _bytes(name, x):
     if x.shape[1] not in (1, 3): raise ValueError(f"{name} must have 1 or 3 channels, got {x.shape[1]}")
     return ((x + 1)*127.5).round().byte().expand(-1, 3, -1, -1)
 
-# %% ../nbs/07b_image_metrics.ipynb #07b-57
+# %% ../nbs/07b_image_metrics.ipynb #07b-58
 class InceptionScores(NamedTuple):
     "FID, and IS with its standard deviation over 10 parts, and how they were made."
     fid:float
@@ -305,7 +328,7 @@ class InceptionScores(NamedTuple):
 
     def __str__(self): return f"FID {self.fid:.3f}, IS {self.inception_score:.3f} ± {self.deviation:.3f} ({self.protocol})"
 
-# %% ../nbs/07b_image_metrics.ipynb #07b-58
+# %% ../nbs/07b_image_metrics.ipynb #07b-59
 @torch.no_grad()
 def inception_scores(
     x,                       # generated images: tensor (N, C, H, W) in [-1, 1], or an iterable of batches of it; C 1 or 3

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .disk_pool import DiskPool, build_pool
 from .files import load_tensors, save_tensors
 from .flow import TrajectoryPool, integrate
-from .long_runs import Checkpoint, _below, _put_back, _tensors_of, all_finite, check_loss, explain_memory, locked, room_for, stopping
+from .long_runs import Checkpoint, _below, _take_up, _write, check_loss, explain_memory, locked, room_for, stopping
 from .models import MLP, UNet
 from .ranks import each, explain_loss, ranks, sharing
 from .sinkhorn import check_points
@@ -86,37 +86,6 @@ class _Run:
         self.losses.append(self.ranks.mean(loss.detach()))
 
 # %% ../nbs/05_matching.ipynb #05-12
-def _versions():
-    import nsgf_nb
-    return dict(nsgf_nb=nsgf_nb.__version__, torch=torch.__version__)
-
-def _check_same(settings, about, path):
-    "Is a checkpoint of this very run?"
-    theirs, made = (v if isinstance(v, dict) else {} for v in (about.get("settings"), about.get("versions")))
-    other = [f"{k}={theirs.get(k)!r}, not {v!r}" for k, v in settings.items() if theirs.get(k) != v]
-    if other: raise ValueError(f"{path} is a checkpoint of another run, with {'; '.join(other)}: name another file, or remove it")
-    old = [f"{k} {made.get(k)}, not {v}" for k, v in _versions().items() if made.get(k) != v]
-    if old: warnings.warn(f"{path} was made by {', '.join(old)}: the training goes on from it, but may not end as it would have", stacklevel=5)
-
-def _take_up(parts, keep, settings):
-    "Put the state of a checkpoint into `parts`; its losses, seconds and phases, or None where there is no checkpoint."
-    if not (found := keep.read()): return None
-    tensors, about = found
-    _check_same(settings, about, keep.path)
-    try:
-        _put_back(parts, tensors)
-        return list(tensors["losses"]), float(about["seconds"]), dict(about["phases"])
-    except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as e:
-        raise ValueError(f"{keep.path} does not hold a whole run: {' '.join(str(e).split())[:300]}") from None
-
-def _write(parts, keep, settings, losses, seconds, phases, kept=""):
-    "Write a checkpoint, if the state is worth it, and say where it is; a disk that fails now does not end the training."
-    tensors, i = _tensors_of(parts) | dict(losses=torch.stack(losses)), len(losses)
-    if not all_finite(tensors): raise FloatingPointError(f"weights or loss are no longer finite after step {i - 1}: try a smaller learning rate (lr) or a bound on the gradient (clip=1){kept}")
-    try: keep.write(tensors, dict(settings=settings, versions=_versions(), seconds=seconds, phases=phases))
-    except OSError as e: warnings.warn(f"no checkpoint of step {i - 1} was written, the training goes on: {e}", stacklevel=4); return kept
-    return f"; step {i - 1} is in {keep.path}"
-
 def _steps_done(path):
     "How many steps the run of a checkpoint has behind it."
     found = Checkpoint(path).read() if path else None

@@ -1,6 +1,8 @@
 """Classifiers, Fréchet distance, precision and recall, FID and IS: closed forms, parity with torchmetrics, bad input."""
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -12,6 +14,7 @@ from torch import nn
 
 from nsgf_nb import image_metrics
 from nsgf_nb.image_metrics import Classifier, class_histogram, frechet_distance, inception_scores, make_classifier, precision_recall, train_classifier
+from nsgf_nb.long_runs import Terminated
 
 def needs(package): return pytest.mark.skipif(find_spec(package) is None, reason=f"{package} is missing: no parity test")
 parity, standard = needs("torchmetrics"), needs("torch_fidelity")
@@ -247,6 +250,24 @@ def test_weights_and_order_follow_the_seed(monkeypatch):
     monkeypatch.setattr(image_metrics, "_seeded_classifier", lambda x, labels, width, seed: fresh(x, labels, width, 0))
     a, b, c = (weights(train_classifier(x, labels, width=4, epochs=1, batch_size=20, shift=0, seed=s, progress=False)) for s in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_a_stopped_classifier_goes_on_to_the_bit(monkeypatch, tmp_path):
+    x, labels = stripes(100)
+    kw, shifted, calls = dict(width=4, epochs=3, batch_size=20, shift=1, progress=False), image_metrics._shifted, []
+    whole = train_classifier(x, labels, **kw)
+    def stop(*args):
+        calls.append(1)
+        if len(calls) == 7: os.kill(os.getpid(), signal.SIGTERM)            # in the middle of the second epoch
+        return shifted(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(image_metrics, "_shifted", stop)
+        with pytest.raises(Terminated, match="stopped after 7 of 15 steps"): train_classifier(x, labels, **kw, checkpoint=tmp_path/"c")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = train_classifier(x, labels, **kw, checkpoint=tmp_path/"c")
+    assert all(torch.equal(u, v) for u, v in zip(again.state_dict().values(), whole.state_dict().values()))
+    with pytest.raises(ValueError, match="c is a checkpoint of another run, with shift=1, not 0|with shift"): train_classifier(x, labels, **kw | dict(shift=0), checkpoint=tmp_path/"c")
 
 
 def test_shifts_move_each_image_its_own_way():

@@ -27,7 +27,7 @@ MAP = {
     "nsgfpp": {"files", "flow", "matching", "models", "sinkhorn"},
     "image_experiment": {"data", "files", "image_metrics", "matching", "metrics", "nsgfpp", "ranks"},
     "metrics": {"sinkhorn"},
-    "image_metrics": {"files", "metrics", "sinkhorn"},
+    "image_metrics": {"files", "long_runs", "metrics", "sinkhorn"},
     "speed": {"data", "files", "flow", "sinkhorn"},
     "experiment": {"data", "files", "long_runs", "matching", "metrics", "ranks"},
     "baselines": {"flow", "matching", "nsgfpp"},
