@@ -175,7 +175,7 @@ def test_other_data_are_refused_and_other_versions_are_named(tmp_path, monkeypat
     StraightFlow(**TINY).fit(data, progress=False, checkpoint=tmp_path/"c")
     other = data.clone(); other[7, 0] += 1e-4
     with pytest.raises(ValueError, match="c is a checkpoint of another run, with data="): StraightFlow(**TINY).fit(other, progress=False, checkpoint=tmp_path/"c")
-    monkeypatch.setattr(matching, "_versions", lambda: dict(nsgf_nb="9.9", torch=torch.__version__))
+    monkeypatch.setattr(long_runs, "_versions", lambda: dict(nsgf_nb="9.9", torch=torch.__version__))
     with pytest.warns(UserWarning, match="was made by nsgf_nb .*, not 9.9"): StraightFlow(**TINY).fit(data, progress=False, checkpoint=tmp_path/"c")
 
 
