@@ -32,6 +32,7 @@ def _demo(args):
     print(_report(run("demo", DEMO, args.seed, args.out, device=args.device)))
     _say_where(Path(args.out)/"demo"/f"seed{args.seed}")
 
+# %% ../nbs/12_cli.ipynb #12-08
 def _train_classifier(args):
     name = args.name.removeprefix("classifier-")
     train, test = (load_images(name, split, labels=True) for split in ("train", "test"))
@@ -59,7 +60,7 @@ def _train_command(args):
             print(_report(run(name, e, seed, args.out, floors, device, pool=args.pool)), flush=True)
             _say_where(folder/f"seed{seed}")
 
-# %% ../nbs/12_cli.ipynb #12-08
+# %% ../nbs/12_cli.ipynb #12-09
 def _target_of(path, target):
     "The target that a model was trained on: as told, or as the result.json beside it says."
     beside = Path(path).parent/"result.json"
@@ -88,7 +89,7 @@ def _sample(args):
     _save_array(x, out)
     print(f"wrote {out}: {args.n:,} samples of shape {tuple(x.shape[1:])}, float32")
 
-# %% ../nbs/12_cli.ipynb #12-09
+# %% ../nbs/12_cli.ipynb #12-10
 def _evaluate_images(args, model):
     beside = Path(args.path).parent/"result.json"
     name = read_json(beside).get("experiment") if beside.is_file() else args.path
@@ -108,7 +109,7 @@ def _evaluate(args):
     floors = measure_floors(e)
     print(_report(dict(floors=floors, measured=measure(e, model, floors, args.seed))))
 
-# %% ../nbs/12_cli.ipynb #12-10
+# %% ../nbs/12_cli.ipynb #12-11
 def _bench_sinkhorn(args):
     from nsgf_nb.speed import bench
     device, path = find_device(args.device), writable_folder(Path(args.out))/"sinkhorn.json"
@@ -139,7 +140,7 @@ def _bench_ablations(args):
         study(name, args.seeds or range(1 if args.quick else 3), args.quick, args.out, find_device(args.device))
         print(f"wrote {Path(args.out)/name}.json", flush=True)
 
-# %% ../nbs/12_cli.ipynb #12-11
+# %% ../nbs/12_cli.ipynb #12-12
 def _info(args):
     import matplotlib, ot, safetensors
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -150,7 +151,7 @@ def _info(args):
         weights=f"{Path('runs').resolve()}, or wherever --out pointed")
     for key, value in rows.items(): print(f"{key:12s}{value}")
 
-# %% ../nbs/12_cli.ipynb #12-13
+# %% ../nbs/12_cli.ipynb #12-14
 def _at_least_one(text):
     if not text.isdigit() or int(text) < 1: raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
@@ -184,7 +185,7 @@ def _add_bench(verb):
         v.add_argument("--out", default=out, help=f"folder for the results (default: {out})")
     return sinkhorn, plane, ablations
 
-# %% ../nbs/12_cli.ipynb #12-14
+# %% ../nbs/12_cli.ipynb #12-15
 def _parser():
     p = argparse.ArgumentParser(prog="nsgf", description="Neural Sinkhorn gradient flow: train, sample and measure.")
     verbs = p.add_subparsers(dest="verb", required=True, metavar="COMMAND")
@@ -210,7 +211,7 @@ def _parser():
     verb("info", _info, "versions, device, and where data and results are looked for")
     return p
 
-# %% ../nbs/12_cli.ipynb #12-15
+# %% ../nbs/12_cli.ipynb #12-16
 def _terminate(number, frame): raise Terminated("SIGTERM")
 
 @contextmanager

@@ -112,6 +112,9 @@ class _Window(_Shards):
     def get_state(self): return torch.tensor([self.drawn, self.turned, self.at, *self.rounds])
     def set_state(self, state): self.slots, (self.drawn, self.turned, self.at, *self.rounds) = None, state.tolist()
 
+    @property
+    def shard_mb(self): return 4*(self.settings["steps"] + 1)*self.settings["paths"]*math.prod(self.settings["shape"])/2**20
+
     def ready(self):
         "How many shards there are, from the first to the first gap, or to `limit`."
         m = self.read()
@@ -174,14 +177,10 @@ class DiskPool(_Sliding):
         window_mb:float=512, # memory for the window, at least two shards
         device="cpu",        # of the window, and so of the batches
     ):
-        settings = None
-        if shape is not None:
-            if dtype not in _DTYPES: raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-            paths = paths or max(1, 2**24//((steps + 1)*math.prod(shape)))
-            settings = dict(shape=list(shape), steps=steps, blur=blur, eta=eta, tol=tol, self_term=self_term, dtype=dtype, paths=paths, seed=seed, about=about)
-        super().__init__(folder, settings)
-        s, self.window_mb, self.device, self.reader = self.settings, window_mb, device, ThreadPoolExecutor(1)
-        self.shard_mb = 4*(s["steps"] + 1)*s["paths"]*math.prod(s["shape"])/2**20
+        if dtype not in _DTYPES: raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+        super().__init__(folder, None if shape is None else dict(shape=list(shape), steps=steps, blur=blur, eta=eta, tol=tol, self_term=self_term, dtype=dtype,
+                         paths=paths or max(1, 2**24//((steps + 1)*math.prod(shape))), seed=seed, about=about))
+        self.window_mb, self.device, self.reader = window_mb, device, ThreadPoolExecutor(1)
 
     def __len__(self): return len(self.read()["shards"])*self.settings["paths"]
 

@@ -38,6 +38,7 @@ def _start(*args, job=_job):
     process.start()
     return process
 
+# %% ../nbs/32_endurance.ipynb #32-06
 def _where(folder):
     "What a run was doing: building its pool, training, or nothing any more."
     if (folder/"model.safetensors").exists(): return "finished"
@@ -57,7 +58,7 @@ def _resume(folder, whole):
     if again.exitcode is None: again.kill()
     return dict(survived=survived, identical=survived and _same(folder, whole))
 
-# %% ../nbs/32_endurance.ipynb #32-07
+# %% ../nbs/32_endurance.ipynb #32-08
 def stops(
     count:int,     # of each phase
     how:int=signal.SIGKILL, # the signal
@@ -86,7 +87,7 @@ def stops(
             if not any(todo.values()): break
     return rows
 
-# %% ../nbs/32_endurance.ipynb #32-09
+# %% ../nbs/32_endurance.ipynb #32-10
 def _damage(path, how, r):
     "Do to a file what `how` says."
     content = bytearray(path.read_bytes())
@@ -108,7 +109,7 @@ def _unnoticed(path, before):
     try: return load_tensors(path)[1] == before[1] if path.suffix != ".json" else read_json(path) == before
     except (ValueError, FileNotFoundError): return False
 
-# %% ../nbs/32_endurance.ipynb #32-10
+# %% ../nbs/32_endurance.ipynb #32-11
 def damages(
     count:int,     # files to damage
     seed:int=0,    # of which, where and how
@@ -133,7 +134,7 @@ def damages(
             shutil.rmtree(run)
     return rows
 
-# %% ../nbs/32_endurance.ipynb #32-12
+# %% ../nbs/32_endurance.ipynb #32-13
 def _tmpfs(folder, size):
     "A disk of so many kB at `folder`; False where this process may not have one."
     folder.mkdir()
@@ -145,7 +146,7 @@ def _error(folder):
     except (OSError, RuntimeError) as e: return str(e)
     return ""
 
-# %% ../nbs/32_endurance.ipynb #32-13
+# %% ../nbs/32_endurance.ipynb #32-14
 def full_disk(
     folder=None, # where to work; a temporary one where None
 )->list:         # a dict for each of two: what, at, detected, survived, identical; none where no tmpfs can be mounted
@@ -170,6 +171,7 @@ def full_disk(
             return [dict(row, **_resume(disk/"run", whole)) for row in rows]
         finally: subprocess.run(["umount", str(disk)], check=True)
 
+# %% ../nbs/32_endurance.ipynb #32-15
 def two_at_once(
     folder=None, # where to work; a temporary one where None
 )->list:         # one dict: what, at, detected, survived, identical
@@ -183,7 +185,7 @@ def two_at_once(
         process.join()
         return [dict(what="second process", at="training", detected="in use by another process" in said, survived=process.exitcode == 0, identical=_same(run, whole))]
 
-# %% ../nbs/32_endurance.ipynb #32-15
+# %% ../nbs/32_endurance.ipynb #32-17
 _JUNK = None, -1, 0, 1, 2**31, 2**63, 2**80, 1e308, -.5, True, "", "../../../etc/passwd", "/dev/zero", "x"*10**4, [], {}, [2**40]*4, [[[[]]]], {"a": {"b": []}}, [0]*1000, "float64", "shard", float("nan")
 
 def _places(x, path=()):
@@ -216,7 +218,7 @@ def _mangled(content, r):
     if how == 4: b[:8] = r.choice((2**63, 2**40, 10**8, 0, 7)).to_bytes(8, "little")      # the length of a safetensors header
     return bytes(b)
 
-# %% ../nbs/32_endurance.ipynb #32-16
+# %% ../nbs/32_endurance.ipynb #32-18
 def _other_tensors(tensors, r):
     "Tensors with one of another shape or type, or missing, or one more."
     name, tensors = r.choice(sorted(tensors)), dict(tensors)
@@ -246,7 +248,7 @@ def _read_one(path, run):
     elif path.name == "checkpoint": NSGF(**_VICTIM | dict(train_steps=31)).fit(sample_2d("moons", 3000, 0), progress=False, checkpoint=path)
     else: DiskPool(run/"pool", window_mb=1).batch(8, torch.Generator())
 
-# %% ../nbs/32_endurance.ipynb #32-17
+# %% ../nbs/32_endurance.ipynb #32-19
 def _too_long(number, frame): raise TimeoutError("more than ten seconds")
 
 def _try_one(path, run):
@@ -276,7 +278,7 @@ def _fuzz_job(base, folder, count, seed):
         shutil.rmtree(run)
         write_json(folder/"rows.json", dict(rows=rows)) if k % 50 == 0 or k + 1 == count else None
 
-# %% ../nbs/32_endurance.ipynb #32-18
+# %% ../nbs/32_endurance.ipynb #32-20
 def fuzz(
     count:int,     # files
     seed:int=0,    # of what is in them
@@ -297,7 +299,7 @@ def fuzz(
         rows = read_json(Path(tmp)/"rows.json")["rows"]
         return rows + [dict(what="fuzz", at="process", outcome="crash", said=f"exit code {process.exitcode}")]*(len(rows) < count)
 
-# %% ../nbs/32_endurance.ipynb #32-20
+# %% ../nbs/32_endurance.ipynb #32-22
 def _checkpoint_cost(folder, net, x):
     "Median seconds of writing the checkpoint of a network, after a step at `x` (B, *shape)."
     run, keep, found = _Run(net, iter([(x, torch.zeros(len(x)), x)]), dict(steps=1, lr=1e-3, ema=.9, clip=0., bf16=False), {}), Checkpoint(folder/"c"), []
@@ -319,7 +321,7 @@ def _disk_cost(folder, steps, rounds=5):
         for name, draw in draws.items(): found[name].append(steps/fit(MLP((2,), 128, 3), iter(draw, None), steps, progress=False).seconds)
     return dict({k: statistics.median(v) for k, v in found.items()}, ratio=statistics.median(d/m for d, m in zip(found["disk"], found["memory"])), shards_read=pool.at)
 
-# %% ../nbs/32_endurance.ipynb #32-21
+# %% ../nbs/32_endurance.ipynb #32-23
 def _large_job(folder, gb, progress=False):
     "Train once through a pool of so many GB, and write down what it took."
     torch.set_num_threads(1)
@@ -339,7 +341,7 @@ def _large(folder, gb):
     process.join()
     return read_json(folder/"large.json")
 
-# %% ../nbs/32_endurance.ipynb #32-22
+# %% ../nbs/32_endurance.ipynb #32-24
 def overheads(
     steps:int=400,  # of each training that is timed
     gb:float=20.,   # size of the pool that is larger than memory
@@ -351,7 +353,7 @@ def overheads(
         nets = {"MLP of the plane": (MLP((2,)), torch.zeros(8, 2)), "UNet of MNIST": (UNet((1, 28, 28), 32), torch.zeros(2, 1, 28, 28))}
         return dict(checkpoint={name: _checkpoint_cost(tmp, *rest) for name, rest in nets.items()}, disk=_disk_cost(tmp/"pool", steps), large=_large(tmp, gb))
 
-# %% ../nbs/32_endurance.ipynb #32-23
+# %% ../nbs/32_endurance.ipynb #32-25
 def endure(
     out="runs/endurance", # the numbers go to out/endurance.json
     quick:bool=False,   # few of everything, to see that it works

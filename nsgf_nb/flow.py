@@ -171,8 +171,8 @@ def _check_shape(name, x, shape):
     if tuple(x.shape[2:]) != shape: raise ValueError(f"{name} must be of shape (B, n, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
 
 # %% ../nbs/02_flow.ipynb #02-30
-class TrajectoryPool(_Ring):
-    "States visited by many minibatch flows: the training set of velocity matching (Algorithm 1)."
+class _Flows(_Ring):
+    "Minibatch flows of one kind, and their paths."
     def __init__(self,
         capacity:int,      # source–target pairs that are kept; later ones replace the oldest
         shape:tuple,       # shape of one sample
@@ -194,6 +194,9 @@ class TrajectoryPool(_Ring):
         for name, z in (("x", x), ("y", y)): _check_shape(name, z, self.shape)
         return particle_flow(x.flatten(2), y.flatten(2), steps=self.steps, **self.flow).unflatten(-1, self.shape)
 
+# %% ../nbs/02_flow.ipynb #02-31
+class TrajectoryPool(_Flows):
+    "States visited by many minibatch flows: the training set of velocity matching (Algorithm 1)."
     def add(self,
         x:Tensor,   # source (B, n, *shape)
         y:Tensor,   # target (B, m, *shape)

@@ -260,10 +260,27 @@ def _train_potential(work, deal, log_source, steps, c):
     work.load_state_dict(average.module.state_dict())
 
 # %% ../nbs/09_gradient_flow_baselines.ipynb #09-38
-class JKOFlow(_Staged):
-    "JKO-Flow (Vidal, Wu Fung, Tenorio, Osher, Nurbekyan 2023): `JKOFlow().fit(data).sample(n)`."
-    Config, log_density = JKOFlowConfig, None
+class _JKOStages(_Staged):
+    "The stages of a JKO-Flow, and how they are learned, from the data's end."
+    log_density = None
     def _stage(self, dim): return _Potential(dim, self.config)
+
+    def _begin(self, net, k, draw_x, draw_y):
+        y = draw_y(self.config.particles)
+        if self.log_density: _check_density(self.log_density, k.to_data(draw_x(16).view(-1, *k.shape)))
+        return dict(y=y)
+
+    def _teach(self, parts, i, k, draw_y, generator):
+        c, y, stage = self.config, parts["y"], parts["net"].stages[-1 - i]
+        work = copy.deepcopy(stage)
+        yield from _train_potential(work, _Deck(y, generator), _log_source(self.log_density, k), self._steps_until(i + 1) - self._steps_until(i), c)
+        stage.load_state_dict(work.state_dict())
+        with torch.no_grad(): parts["y"] = torch.cat([_push(stage, u, c.time_steps)[0] for u in y.split(4096)])
+
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-39
+class JKOFlow(_JKOStages):
+    "JKO-Flow (Vidal, Wu Fung, Tenorio, Osher, Nurbekyan 2023): `JKOFlow().fit(data).sample(n)`."
+    Config = JKOFlowConfig
 
     def fit(self,
         data,               # tensor (N, *shape), map-style Dataset, or function n -> (n, *shape)
@@ -286,19 +303,7 @@ class JKOFlow(_Staged):
         if self.source == "given" and self.log_density is None: raise ValueError("log_density is not part of a model's file: set model.log_density to that of its source")
         with torch.no_grad(): return torch.cat([_log_prob(self, u, k) for u in k.to_model(_check_sample("x", x, k.shape)).flatten(1).split(4096)])
 
-    def _begin(self, net, k, draw_x, draw_y):
-        y = draw_y(self.config.particles)
-        if self.log_density: _check_density(self.log_density, k.to_data(draw_x(16).view(-1, *k.shape)))
-        return dict(y=y)
-
-    def _teach(self, parts, i, k, draw_y, generator):
-        c, y, stage = self.config, parts["y"], parts["net"].stages[-1 - i]          # from the data's end
-        work = copy.deepcopy(stage)
-        yield from _train_potential(work, _Deck(y, generator), _log_source(self.log_density, k), self._steps_until(i + 1) - self._steps_until(i), c)
-        stage.load_state_dict(work.state_dict())
-        with torch.no_grad(): parts["y"] = torch.cat([_push(stage, u, c.time_steps)[0] for u in y.split(4096)])
-
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-39
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-40
 def _log_source(log_density, k):
     "The source's log density as a function of z (B, D), in the model's coordinates `k`."
     D, unit = math.prod(k.shape), k.scale.double().log().item()
@@ -312,7 +317,7 @@ def _log_prob(model, z, k):
         total = total + log_det
     return total + _log_source(model.log_density, k)(z)
 
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-44
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-45
 def _quantiles(p, count):
     "`count` quantiles of each row of p (L, N), the smallest and the largest entry among them."
     return p.sort(1).values[:, torch.linspace(0, p.shape[1] - 1, count, device=p.device).round().long()]
@@ -331,7 +336,7 @@ class _Slices(nn.Module):
         shift = torch.lerp(u, v, ((p - a)/(b - a).clamp(min=1e-12)).clamp(0, 1))
         return x.shape[1]/len(self.weight)*(shift.T @ self.weight)
 
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-46
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-47
 @dataclass(frozen=True)
 class SWFConfig(_StagedConfig):
     "Settings of a `SlicedWassersteinFlow`. There is no network and no optimiser: `train_steps` is put to `stages`, `width` and `depth` to 1."
@@ -346,7 +351,7 @@ class SWFConfig(_StagedConfig):
         for name in ("quantiles", "particles"):
             if getattr(self, name) < 2: raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}")
 
-# %% ../nbs/09_gradient_flow_baselines.ipynb #09-47
+# %% ../nbs/09_gradient_flow_baselines.ipynb #09-48
 class SlicedWassersteinFlow(_Staged):
     "Sliced-Wasserstein flow (Liutkus, Şimşekli, Majewski, Durmus, Stöter 2019): `SlicedWassersteinFlow().fit(data).sample(n)`."
     Config = SWFConfig

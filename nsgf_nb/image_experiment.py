@@ -206,6 +206,22 @@ def report_images(
     return "\n".join(lines)
 
 # %% ../nbs/09b_image_experiment.ipynb #09b-21
+def _trained(e, seed, device, data, parts, folder, pool, progress):
+    "The model of a run, or None where some of its parts are still to be trained, by other processes."
+    model = e.model(seed, device)
+    if isinstance(model, NSGFPlusPlus): model.fit(data, parts, folder, progress, pool)
+    else: model.fit(data, progress=progress, checkpoint=folder/"straight.checkpoint")
+    missing = _missing(model, folder)
+    if missing and ranks().main: print(f"{folder} waits for: {', '.join(missing)}")
+    if not missing and isinstance(model, NSGFPlusPlus): model.fit(data, [name for name in PARTS if name not in parts], folder, False, pool)    # what other processes have trained
+    return None if missing else model
+
+def _write_images(e, model, data, seed, folder, result, progress):
+    write_json(folder/"result.json", result)
+    _draw(e, model, data, folder, seed)
+    if progress: print(report_images(result)); print(f"wrote {folder}/: sheet.png (the picture), model.safetensors (the weights), result.json (the numbers)")
+
+# %% ../nbs/09b_image_experiment.ipynb #09b-22
 def run_images(
     name:str,            # of the experiment, for its folder and JSON
     e:ImageExperiment,   # what to do
@@ -220,14 +236,9 @@ def run_images(
 )->dict:                 # what result.json holds; None where parts are still missing
     "Train, measure, draw, and write model.safetensors, result.json and sheet.png."
     e, folder = _quick(e) if quick else e, writable_folder(Path(out)/name/f"seed{seed}")
-    model, data = e.model(seed, device), load_images(e.data) if data is None else data
-    if isinstance(model, NSGFPlusPlus): model.fit(data, parts, folder, progress, None if pool is None else Path(pool)/name/f"seed{seed}")
-    else: model.fit(data, progress=progress, checkpoint=folder/"straight.checkpoint")
-    missing = _missing(model, folder)
-    if missing:
-        if ranks().main: print(f"{folder} waits for: {', '.join(missing)}")
-        return None
-    if isinstance(model, NSGFPlusPlus): model.fit(data, [name for name in PARTS if name not in parts], folder, False)    # takes up what other processes have trained
+    data = load_images(e.data) if data is None else data
+    model = _trained(e, seed, device, data, parts, folder, None if pool is None else Path(pool)/name/f"seed{seed}", progress)
+    if model is None: return None
     command = f"nsgf train {name} --seeds {seed}{' --quick' if quick else ''}"
     if ranks().main: model.save(folder/"model.safetensors", command=command)
     trained = time.perf_counter()
@@ -235,8 +246,5 @@ def run_images(
     result = dict(experiment=name, seed=seed, command=command, protocol=asdict(e),
         made_with=made_with(_parts(model)["straight"].device), training_images=len(data), phases=_phases(model),
         measured=measured, seconds=dict(measuring=time.perf_counter() - trained))
-    if not ranks().main: return result
-    write_json(folder/"result.json", result)
-    _draw(e, model, data, folder, seed)
-    if progress: print(report_images(result)); print(f"wrote {folder}/: sheet.png (the picture), model.safetensors (the weights), result.json (the numbers)")
+    if ranks().main: _write_images(e, model, data, seed, folder, result, progress)
     return result

@@ -60,6 +60,7 @@ def _compiled(net, x, t, bf16):
         return net
     return fast
 
+# %% ../nbs/05_matching.ipynb #05-12
 class _Run:
     "A training run: what it needs for a step, and to go on after a stop."
     def __init__(self, net, batches, c, phases):
@@ -85,13 +86,13 @@ class _Run:
         self.opt.step(); self.average.update_parameters(self.net)
         self.losses.append(self.ranks.mean(loss.detach()))
 
-# %% ../nbs/05_matching.ipynb #05-12
+# %% ../nbs/05_matching.ipynb #05-13
 def _steps_done(path):
     "How many steps the run of a checkpoint has behind it."
     found = Checkpoint(path).read() if path else None
     return len(found[0]["losses"]) if found else 0
 
-# %% ../nbs/05_matching.ipynb #05-13
+# %% ../nbs/05_matching.ipynb #05-14
 def _parts(run):
     "All that a run needs to go on."
     return dict(net=run.net, average=run.average, adam=run.opt, rng=torch.default_generator) | (dict(batches=run.batches) if hasattr(run.batches, "state_dict") else {})
@@ -106,7 +107,7 @@ def _save_run(run, keep, seconds):
     run.seconds = seconds
     run.kept = _write(_parts(run), keep, run.c, run.losses, seconds, run.phases, run.kept)
 
-# %% ../nbs/05_matching.ipynb #05-15
+# %% ../nbs/05_matching.ipynb #05-16
 def _begin(run, checkpoint, progress):
     "Take up the checkpoint of a run where there is one; the checkpoint on the rank that writes it. `OSError` where there is no room."
     keep = Checkpoint(checkpoint) if checkpoint else None
@@ -126,7 +127,7 @@ def _step(run, stop):
         explain_loss(e, run.kept)
         explain_memory(e, lambda n: run.slope(*(u[:n] for u in run.batch)), len(run.batch[0]))
 
-# %% ../nbs/05_matching.ipynb #05-16
+# %% ../nbs/05_matching.ipynb #05-17
 def _loop(run, steps, progress, checkpoint, every):
     "Train to the end, or until a signal comes, which is returned."
     keep = _begin(run, checkpoint, progress)
@@ -145,7 +146,7 @@ def _loop(run, steps, progress, checkpoint, every):
     run.ranks.wait()
     return stop[-1] if stop else None
 
-# %% ../nbs/05_matching.ipynb #05-17
+# %% ../nbs/05_matching.ipynb #05-18
 def fit(
     net:nn.Module,         # the field v(x, t) to train, in place
     batches,               # iterator of (x (B, *shape), t (B,), target like what net gives)
@@ -168,7 +169,7 @@ def fit(
     losses = torch.stack(run.losses).cpu() if run.losses else torch.zeros(0)
     return Fitted(run.average.module, losses, run.seconds, interrupted)
 
-# %% ../nbs/05_matching.ipynb #05-21
+# %% ../nbs/05_matching.ipynb #05-22
 def _check_sample(name, x, shape=None):
     "x itself where it is a finite float tensor (n, *shape) of n ≥ 1 samples."
     if isinstance(x, Tensor) and x.ndim < 2:
@@ -196,7 +197,7 @@ class _Deck:
         now, self.order = self.order[:n], self.order[n:]
         return self.x[now.to(self.x.device)]
 
-# %% ../nbs/05_matching.ipynb #05-22
+# %% ../nbs/05_matching.ipynb #05-23
 def as_sampler(
     data,                       # tensor (N, *shape), Dataset of such samples or of (sample, ...) tuples, or function n -> (n, *shape)
     generator:torch.Generator,  # orders a finite sample
@@ -218,7 +219,7 @@ def as_sampler(
     if hasattr(data, "get_state") and hasattr(data, "set_state"): draw.get_state, draw.set_state = data.get_state, data.set_state
     return draw
 
-# %% ../nbs/05_matching.ipynb #05-27
+# %% ../nbs/05_matching.ipynb #05-28
 def _check_setting(name, value, kind):
     "Is it of its type, and of a size that makes sense? The value, lists as tuples."
     if isinstance(value, list): value = tuple(value)
@@ -230,7 +231,7 @@ def _check_setting(name, value, kind):
         raise ValueError(f"{name} must be {'a positive number' if low is None else f'at least {low}'}, got {value!r}")
     return value
 
-# %% ../nbs/05_matching.ipynb #05-28
+# %% ../nbs/05_matching.ipynb #05-29
 @dataclass(frozen=True)
 class TrainConfig:
     "Settings of any network and its training."
@@ -257,7 +258,7 @@ class TrainConfig:
         for name in ("ema", "dropout"):
             if not getattr(self, name) < 1: raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)!r}")
 
-# %% ../nbs/05_matching.ipynb #05-30
+# %% ../nbs/05_matching.ipynb #05-31
 @dataclass(frozen=True)
 class NSGFConfig(TrainConfig):
     "Settings of an `NSGF` run."
@@ -278,7 +279,7 @@ class NSGFConfig(TrainConfig):
         for name, known in (("blur_unit", ("std", "data")), ("self_term", ("same", "masked", "independent"))):
             if getattr(self, name) not in known: raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
-# %% ../nbs/05_matching.ipynb #05-31
+# %% ../nbs/05_matching.ipynb #05-32
 def _replace(config, settings, owner="NSGF"):
     "`config` with some settings replaced, all of which must exist."
     known = [f.name for f in dataclasses.fields(config)]
@@ -286,7 +287,7 @@ def _replace(config, settings, owner="NSGF"):
         if name not in known: raise TypeError(f"{name!r} is no setting of {owner}; known are {', '.join(known)}")
     return dataclasses.replace(config, **settings)
 
-# %% ../nbs/05_matching.ipynb #05-34
+# %% ../nbs/05_matching.ipynb #05-35
 def find_device(
     device=None,   # "cpu", "cuda", "cuda:1", a torch.device; a GPU if there is one where None
 )->torch.device:   # one that exists
@@ -297,7 +298,7 @@ def find_device(
         raise ValueError(f"device {str(device)!r} cannot be used here: {str(e).splitlines()[0]}") from None
     return torch.device(device)
 
-# %% ../nbs/05_matching.ipynb #05-37
+# %% ../nbs/05_matching.ipynb #05-38
 class _Coordinates:
     "Between the data's unit and the model's: mean zero, root mean square one, float32."
     def __init__(self, mean, scale, seen=""): self.mean, self.scale, self.shape, self.seen = mean, scale, tuple(mean.shape), seen
@@ -314,7 +315,7 @@ class _Coordinates:
     def to_model(self, x): return ((x.to(self.mean) - self.mean) / self.scale).float()
     def to_data(self, z): return z.to(self.mean)*self.scale + self.mean
 
-# %% ../nbs/05_matching.ipynb #05-40
+# %% ../nbs/05_matching.ipynb #05-41
 def _flow_settings(c, coordinates, **flow):
     "How the flows of the config `c` run, in the model's coordinates; `flow`: other blur or eta."
     blur = c.blur if c.blur_unit == "std" else c.blur/coordinates.scale.item()
@@ -334,7 +335,7 @@ def _build_pool(c, coordinates, draw_x, draw_y, device, progress, **flow):
     pool.seconds = time.perf_counter() - start
     return pool
 
-# %% ../nbs/05_matching.ipynb #05-42
+# %% ../nbs/05_matching.ipynb #05-43
 def _pack(model):
     "The tensors and the text of a trained model."
     net, c = model._fitted(), model.coordinates
@@ -367,7 +368,7 @@ def _unpack(cls, tensors, about, device, path):
     model.coordinates = _Coordinates(tensors["mean"].to(model.device), tensors["scale"].to(model.device))
     return model
 
-# %% ../nbs/05_matching.ipynb #05-44
+# %% ../nbs/05_matching.ipynb #05-45
 @contextmanager
 def _seeded(seed):
     "torch's global CPU generator, seeded, for as long as it lasts; then as it was."
@@ -388,7 +389,7 @@ def _flipped(x, generator):
     "Images (n, C, H, W), each mirrored with probability ½."
     return torch.where(torch.rand(len(x), generator=generator).to(x.device).view(-1, 1, 1, 1) < .5, x.flip(-1), x)
 
-# %% ../nbs/05_matching.ipynb #05-46
+# %% ../nbs/05_matching.ipynb #05-47
 def _restart(sources, *key):
     "Everything that is drawn from, and torch's global generator, at a place that depends on `key` alone."
     for j, s in enumerate([*sources, torch.default_generator]):
@@ -411,7 +412,7 @@ def _disk_pool(c, coordinates, draw_x, draw_y, sources, folder, device, progress
     _restart(sources, c.seed, "training")
     return pool
 
-# %% ../nbs/05_matching.ipynb #05-47
+# %% ../nbs/05_matching.ipynb #05-48
 def _samplers(model, data, source):
     "Coordinates from 16,384 draws of the target, samplers of source and target in them, and all that these draw from."
     c, device, generator = model.config, model.device, torch.Generator().manual_seed(model.config.seed)
@@ -426,9 +427,11 @@ def _samplers(model, data, source):
     def target(n): return k.to_model(_flipped(deals[0](n), generator) if c.flip else deals[0](n))
     return k, normal if source is None else given, target, [on_device, generator, *(d for d in deals if hasattr(d, "get_state"))]
 
+# %% ../nbs/05_matching.ipynb #05-49
 def _settings(model, k, source):
     "What has to be the same where a run is taken up."
-    settings = dict(model=type(model).__name__, data=f"{k.shape}, scale {k.scale:.6g}, {k.seen}", source="normal" if source is None else "given", **dataclasses.asdict(model.config))
+    settings = dict(model=type(model).__name__, data=f"{k.shape}, scale {k.scale:.6g}, {k.seen}", source="normal" if source is None else "given",
+        pool="disk" if getattr(model, "folder", None) else "memory", **dataclasses.asdict(model.config))
     return json.loads(json.dumps(settings))
 
 def _fit(model, data, source, progress, checkpoint, every):
@@ -446,7 +449,7 @@ def _fit(model, data, source, progress, checkpoint, every):
     if fitted.interrupted:
         raise fitted.interrupted(f"stopped after {len(fitted.losses):,} of {c.train_steps:,} steps; the model keeps what it has learned" + (f", and {checkpoint} where to go on" if checkpoint else ""))
 
-# %% ../nbs/05_matching.ipynb #05-48
+# %% ../nbs/05_matching.ipynb #05-50
 class _Model:
     "A network in coordinates of its own, and its file."
     Config = TrainConfig
@@ -482,7 +485,7 @@ class _Model:
         "Read a file that `save` wrote; `ValueError` where it is broken, of another version or not ours."
         return _unpack(cls, *load_tensors(path), find_device(device), path)
 
-# %% ../nbs/05_matching.ipynb #05-49
+# %% ../nbs/05_matching.ipynb #05-51
 class _Learned(_Model):
     "A model that learns from batches (x, t, target). A method says which network and which batches."
     def _network(self, shape):
@@ -510,7 +513,7 @@ class _Learned(_Model):
         self.seconds = {}
         with _seeded(self.config.seed): return self._batches(*_samplers(self, data, source), progress)
 
-# %% ../nbs/05_matching.ipynb #05-51
+# %% ../nbs/05_matching.ipynb #05-53
 def _start(model, n, seed):
     "n draws of the model's source, in its coordinates."
     c = model.coordinates
@@ -526,7 +529,7 @@ def _rows(model):
     if not c.channels: return 2048 if cpu else 2**17
     return max(16, (2**22 if cpu else 2**27)//(c.channels*math.prod(model.coordinates.shape[1:])))
 
-# %% ../nbs/05_matching.ipynb #05-52
+# %% ../nbs/05_matching.ipynb #05-54
 class VelocityModel(_Learned):
     "A learned velocity field, and how to sample it."
     def __call__(self,
@@ -558,7 +561,7 @@ class VelocityModel(_Learned):
         x, nfe = _together([x for x, _ in parts]) if trajectory else torch.cat([x for x, _ in parts]), torch.cat([n for _, n in parts])
         return (c.to_data(x), nfe) if return_nfe else c.to_data(x)
 
-# %% ../nbs/05_matching.ipynb #05-53
+# %% ../nbs/05_matching.ipynb #05-55
 def _together(parts):
     "Trajectories (steps+1, B, *shape), side by side; those that took fewer steps stay where they arrived."
     longest = max(map(len, parts))
@@ -573,7 +576,7 @@ def _ways(way, parts, trajectory):
     found = each(packed, parts, lambda p: (len(p[0]), p[0][0].numel() + 1), torch.double, parts[0][0].device)
     return [(u[:, :-1].to(p[0]).view_as(p[0]), u[:, -1].long()) for p, u in zip(parts, found)]
 
-# %% ../nbs/05_matching.ipynb #05-55
+# %% ../nbs/05_matching.ipynb #05-57
 class NSGF(VelocityModel):
     "Neural Sinkhorn gradient flow: `NSGF().fit(data).sample(n)` (Algorithms 1 and 2)."
     Config, folder = NSGFConfig, None

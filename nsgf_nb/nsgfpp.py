@@ -101,7 +101,7 @@ def _images(data, seed):
 
 # %% ../nbs/06_nsgfpp.ipynb #06-20
 class _ThreeParts:
-    "The Sinkhorn flow, the predictor and the straight flow, and how they are trained."
+    "The Sinkhorn flow, the predictor and the straight flow."
     def __init__(self,
         sinkhorn:NSGFConfig=NSGFConfig(**_IMAGES, steps=5, reach=.2, blur=1., pool_size=2**15, pool_mb=2048),  # (a) the Sinkhorn flow
         predictor:TrainConfig=TrainConfig(**_IMAGES | dict(channels=16, train_steps=1000)),                   # (b) the clock
@@ -118,6 +118,9 @@ class _ThreeParts:
         own = [{k: v for k, v in settings.items() if hasattr(c, k)} for c in configs]
         self.sinkhorn, self.predictor, self.straight = (cls(c, device, **s) for cls, c, s in zip(_KINDS.values(), configs, own))
 
+# %% ../nbs/06_nsgfpp.ipynb #06-21
+class _Trained(_ThreeParts):
+    "The three parts, and how they are trained."
     def fit(self,
         data,               # images (N, C, H, W) in [-1, 1], a map-style Dataset of them, or a function n -> (n, C, H, W)
         parts=PARTS,        # which of the three to train
@@ -134,8 +137,8 @@ class _ThreeParts:
             getattr(self, name).fit(data, progress=progress, checkpoint=None if folder is None else Path(folder)/f"{name}.checkpoint", **more)
         return self
 
-# %% ../nbs/06_nsgfpp.ipynb #06-21
-class _TwoPhases(_ThreeParts):
+# %% ../nbs/06_nsgfpp.ipynb #06-22
+class _TwoPhases(_Trained):
     "The three parts, and how they make a sample."
     def sample(self,
         n:int=None,             # number of images; that of x0 where x0 is given
@@ -156,7 +159,7 @@ class _TwoPhases(_ThreeParts):
         y, nfe = torch.cat([way, y[1:]]) if trajectory else y, nfe + 1 + more
         return (y, nfe) if return_nfe else y
 
-# %% ../nbs/06_nsgfpp.ipynb #06-22
+# %% ../nbs/06_nsgfpp.ipynb #06-23
 class NSGFPlusPlus(_TwoPhases):
     "NSGF++ (Algorithm 3): `NSGFPlusPlus().fit(images).sample(n)`."
     def save(self,
