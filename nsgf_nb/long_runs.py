@@ -152,8 +152,8 @@ def _take_up(parts, keep, settings):
     _check_same(settings, about, keep.path)
     try:
         _put_back(parts, tensors)
-        return list(tensors["losses"]), float(about["seconds"]), dict(about["phases"])
-    except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as e:
+        return list(tensors["losses"]), float(about["seconds"]), {k: float(v) for k, v in about["phases"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, IndexError) as e:
         raise ValueError(f"{keep.path} does not hold a whole run: {' '.join(str(e).split())[:300]}") from None
 
 def _write(parts, keep, settings, losses, seconds, phases, kept=""):

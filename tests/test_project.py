@@ -182,7 +182,7 @@ def test_relative_links_lead_somewhere(path):
     assert [link for link in local if not (path.parent/link).exists()] == []
 
 
-@pytest.mark.parametrize("name", ("20b_comparison", "30_ablations"))
+@pytest.mark.parametrize("name", ("20b_comparison", "30_ablations", "32_endurance"))
 def test_numbers_shown_are_those_of_the_results(name):
     "A notebook that only reads JSONs says the same again: no number in it is older than its file, or typed in."
     import nbformat
