@@ -133,7 +133,7 @@ def _bench_2d(args):
 def _bench_endurance(args):
     from nsgf_nb.endurance import endure
     print("kills, damage, full disks and files from strangers, few of each" if args.quick else "about half an hour, and 20 GB of disk for a while", flush=True)
-    endure(args.out, args.quick)
+    endure(args.out, args.quick, args.parts)
 
 def _bench_ablations(args):
     for name in args.studies:
@@ -179,6 +179,8 @@ def _add_bench(verb):
     ablations.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), metavar="STUDY", help="default: all")
     ablations.add_argument("--seeds", type=int, nargs="+", help="one run for each (default: 0 to 2; quick: 0)")
     endurance = kinds.add_parser("endurance", help="what a run survives: kill -9, SIGTERM, a full disk, damaged files, files from strangers")
+    parts = "stops", "damages", "disk", "fuzz", "overheads"
+    endurance.add_argument("--parts", nargs="+", choices=parts, default=parts, metavar="PART", help="some of it only: " + ", ".join(parts))
     for v, call, out in ((endurance, _bench_endurance, "runs/endurance"), (sinkhorn, _bench_sinkhorn, "runs/speed"), (plane, _bench_2d, "runs/comparison"), (ablations, _bench_ablations, "runs/ablations")):
         v.set_defaults(call=call)
         v.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything works")

@@ -27,7 +27,7 @@ def _check_manifest(m, path):
     if not isinstance(s, dict) or not isinstance(shards, dict): fail("settings and shards must be objects")
     sizes = s.get("shape"), [s.get("steps"), s.get("paths"), m.get("planned")]
     if not all(isinstance(v, list) and v and all(type(u) is int and 0 < u < 2**40 for u in v) for v in sizes): fail("shape, steps, paths and planned must be positive integers")
-    if s.get("dtype") not in _DTYPES: fail(f"dtype is {s.get('dtype')!r}, expected one of {', '.join(_DTYPES)}")
+    if not isinstance(s.get("dtype"), str) or s["dtype"] not in _DTYPES: fail(f"dtype is {s.get('dtype')!r}, expected one of {', '.join(_DTYPES)}")
     if not all(k.isascii() and k.isdigit() and len(k) < 12 and str(int(k)) == k and int(k) < m["planned"] and isinstance(v, str) for k, v in shards.items()): fail("shards must map indices to checksums")
     if not isinstance(s.get("seed"), int): fail("seed must be an integer")
     if 4*(s["steps"] + 1)*s["paths"]*math.prod(s["shape"]) > 2**34: fail("a shard would take more than 16 GB")

@@ -354,20 +354,29 @@ def overheads(
         return dict(checkpoint={name: _checkpoint_cost(tmp, *rest) for name, rest in nets.items()}, disk=_disk_cost(tmp/"pool", steps), large=_large(tmp, gb))
 
 # %% ../nbs/32_endurance.ipynb #32-25
+def _stops(few, tmp, progress): return stops(2 if few else 50, signal.SIGKILL, 0, tmp, progress) + stops(1 if few else 10, signal.SIGTERM, 1, tmp, progress)
+def _damages(few, tmp, progress): return damages(6 if few else 100, 0, tmp, progress)
+def _disk(few, tmp, progress): return full_disk(tmp) + two_at_once(tmp)
+def _fuzz(few, tmp, progress): return fuzz(60 if few else 500, 0, tmp)
+def _overheads(few, tmp, progress): return overheads(50 if few else 400, .15 if few else 20., tmp)
+_PARTS = dict(stops=_stops, damages=_damages, disk=_disk, fuzz=_fuzz, overheads=_overheads)
+
+# %% ../nbs/32_endurance.ipynb #32-26
 def endure(
     out="runs/endurance", # the numbers go to out/endurance.json
     quick:bool=False,   # few of everything, to see that it works
+    parts=tuple(_PARTS),# which parts to do; what the file has of others stays
     progress:bool=True, # bars, and the counts?
-)->dict:                # what that file holds
+)->dict:                # what that file holds: for each part what was found, and what it was made with
     "Everything that a run has to survive, and what that costs."
-    folder, few = writable_folder(out), quick
-    with tempfile.TemporaryDirectory(dir=folder) as tmp:
-        rows = stops(2 if few else 50, signal.SIGKILL, 0, tmp, progress) + stops(1 if few else 10, signal.SIGTERM, 1, tmp, progress)
-        rows += damages(6 if few else 100, 0, tmp, progress) + full_disk(tmp) + two_at_once(tmp)
-        result = dict(command=f"nsgf bench endurance{' --quick' if few else ''}", made_with=made_with("cpu"), rows=rows, fuzz=fuzz(60 if few else 500, 0, tmp),
-                      overheads=overheads(50 if few else 400, .15 if few else 20., tmp))
-    write_json(folder/"endurance.json", result)
-    if progress: print(report_endurance(result)); print(f"wrote {folder}/endurance.json")
+    path = writable_folder(out)/"endurance.json"
+    result = read_json(path) if path.exists() else {}
+    with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
+        for name in parts:
+            command = f"nsgf bench endurance --parts {name}{' --quick' if quick else ''}"
+            result[name] = dict(command=command, made_with=made_with("cpu"), found=_PARTS[name](quick, tmp, progress))
+            write_json(path, result)
+    if progress: print(report_endurance(result)); print(f"wrote {path}")
     return result
 
 def report_endurance(
@@ -375,10 +384,10 @@ def report_endurance(
 )->str:          # a table in Markdown
     "What was tried, survived, and lost."
     lines = ["| what | where | tried | survived, with the same bits | lost |", "|---|---|--:|--:|--:|"]
-    for key in dict.fromkeys((r["what"], r["at"]) for r in result["rows"]):
-        ends = [r["survived"] and r["identical"] and r.get("detected", True) for r in result["rows"] if (r["what"], r["at"]) == key]
-        lines.append(f"| {key[0]} | {key[1]} | {len(ends)} | {sum(ends)} | {len(ends) - sum(ends)} |")
-    for at in dict.fromkeys(r["at"] for r in result["fuzz"]):
-        ends = [r["outcome"] in ("read", "refused") for r in result["fuzz"] if r["at"] == at]
-        lines.append(f"| fuzzed | {at} | {len(ends)} | {sum(ends)} | {len(ends) - sum(ends)} |")
+    rows = [r for name in ("stops", "damages", "disk", "fuzz") for r in result.get(name, dict(found=[]))["found"]]
+    for what, at in sorted({(r["what"], r["at"]) for r in rows}, key=[(r["what"], r["at"]) for r in rows].index):
+        lost = [_lost(r) for r in rows if (r["what"], r["at"]) == (what, at)]
+        lines.append(f"| {what} | {at} | {len(lost)} | {len(lost) - sum(lost)} | {sum(lost)} |")
     return "\n".join(lines)
+
+def _lost(r): return r["outcome"] not in ("read", "refused") if "outcome" in r else not (r["survived"] and r["identical"] and r.get("detected", True))

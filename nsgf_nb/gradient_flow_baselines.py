@@ -14,8 +14,8 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
-from .long_runs import Checkpoint, locked, stopping
-from .matching import TrainConfig, VelocityModel, _check_sample, _check_setting, _Deck, _ema, _lr_factor, _samplers, _seeded, _settings, _take_up, _watch, _write
+from .long_runs import Checkpoint, _Losses, _take_up, _write, locked, stopping
+from .matching import TrainConfig, VelocityModel, _check_sample, _check_setting, _Deck, _ema, _lr_factor, _samplers, _seeded, _settings, _watch
 from .models import _check
 
 # %% ../nbs/09_gradient_flow_baselines.ipynb #09-07
@@ -47,19 +47,19 @@ class _StagedConfig(TrainConfig):
 
 # %% ../nbs/09_gradient_flow_baselines.ipynb #09-11
 def _fit_stages(model, data, source, progress, checkpoint, every):
-    c, losses, stop = model.config, [], []
+    c, losses = model.config, _Losses(model.config.train_steps)
     k, draw_x, draw_y, sources = _samplers(model, data, source)
     draw_x, draw_y = ((lambda n, draw=draw: draw(n).flatten(1)) for draw in (draw_x, draw_y))
     net, done, settings = model._network(k.shape).to(model.device, torch.float32), 0, _settings(model, k, source)
     parts = dict(net=net, rng=torch.default_generator, **{f"source{i}": s for i, s in enumerate(sources)}, **model._begin(net, k, draw_x, draw_y))
     keep, start = Checkpoint(checkpoint) if checkpoint else None, time.perf_counter()
-    if keep and (found := _take_up(parts, keep, settings)): losses, start = found[0], start - found[1]
+    if keep and (found := _take_up(parts, keep, settings, losses)): start -= found[0]
     written = time.perf_counter()
     with stopping() as stop, tqdm(total=c.train_steps, initial=len(losses), desc="training", disable=not progress, mininterval=.5) as bar:
         try:
             for i in range(sum(len(losses) >= model._steps_until(j + 1) for j in range(c.stages)), c.stages):
                 for loss in model._teach(parts, i, k, draw_y, sources[1]):
-                    losses.append(loss.detach().cpu())
+                    losses.append(loss)
                     bar.update()
                     _watch(len(losses) - 1, losses[-1], bar)
                 if keep and (i + 1 == c.stages or stop or time.perf_counter() - written > every):
@@ -73,7 +73,7 @@ def _fit_stages(model, data, source, progress, checkpoint, every):
 def _finish(model, source, progress, k, net, losses, seconds, interrupted):
     "Put what was learned into the model; raise what ended it, where that was a signal."
     model.coordinates, model.source, model.given = k, "normal" if source is None else "given", source
-    model.losses, model.seconds = torch.stack(losses) if losses else torch.zeros(0), dict(training=seconds)
+    model.losses, model.seconds = losses.tensor, dict(training=seconds)
     model.net = net.requires_grad_(False).eval()
     if progress: tqdm.write(f"{type(model).__name__}: training {seconds:.1f} s ({len(losses):,} steps)")
     if interrupted: raise interrupted(f"stopped after {len(losses):,} of {model.config.train_steps:,} steps; the model keeps the stages that were finished")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from .files import load_tensors, save_tensors, shipped
-from .long_runs import Checkpoint, _take_up, _write, locked, stopping
+from .long_runs import Checkpoint, _Losses, _take_up, _write, locked, stopping
 from .sinkhorn import check_points
 
 # %% ../nbs/07b_image_metrics.ipynb #07b-07
@@ -117,10 +117,11 @@ def _classifier_run(x, labels, c):
 def _train_classifier(x, labels, c, progress, keep, every):
     parts, cycle, epoch, size = _classifier_run(x, labels, c)
     net, optimiser, generator, order = parts.values()
-    losses, before, _ = keep and _take_up(parts, keep, c) or ([], 0., {})
+    losses = _Losses(c["epochs"]*epoch, x.device)
+    before, _ = keep and _take_up(parts, keep, c, losses) or (0., {})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)                  # that the optimiser has not stepped yet: it did, before the stop
-        for _ in losses: cycle.step()
+        for _ in range(len(losses)): cycle.step()
     start = written = time.perf_counter()
     with stopping() as stop, tqdm(total=c["epochs"]*epoch, initial=len(losses), desc="classifier", disable=not progress, mininterval=.5) as bar:
         for step in range(len(losses), c["epochs"]*epoch):
@@ -128,7 +129,7 @@ def _train_classifier(x, labels, c, progress, keep, every):
             i = order[step % epoch*size:(step % epoch + 1)*size].to(x.device)
             loss = F.cross_entropy(net(_shifted(x[i], c["shift"], generator).contiguous(memory_format=torch.channels_last)), labels[i])
             optimiser.zero_grad(); loss.backward(); optimiser.step(); cycle.step()
-            losses.append(loss.detach())
+            losses.append(loss)
             bar.update()
             if keep and (stop or step + 1 == c["epochs"]*epoch or time.perf_counter() - written > every):
                 _write(parts, keep, c, losses, before + time.perf_counter() - start, {})

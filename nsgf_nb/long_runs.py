@@ -133,6 +133,23 @@ def all_finite(
     return all(t.isfinite().all().item() for t in tensors.values() if t.is_floating_point())
 
 # %% ../nbs/04c_long_runs.ipynb #04c-25
+class _Losses:
+    "The losses of a run, in memory that is there from the beginning."
+    def __init__(self, steps, device="cpu"): self.all, self.count = torch.zeros(steps, device=device), 0
+    def __len__(self): return self.count
+    def __getitem__(self, i): return self.tensor[i]
+
+    @property
+    def tensor(self): return self.all[:self.count]
+
+    def append(self, loss):
+        self.all[self.count] = loss.detach()
+        self.count += 1
+
+    def fill(self, losses):
+        self.all[:len(losses)], self.count = losses, len(losses)
+
+# %% ../nbs/04c_long_runs.ipynb #04c-26
 def _versions():
     import nsgf_nb
     return dict(nsgf_nb=nsgf_nb.__version__, torch=torch.__version__)
@@ -145,26 +162,27 @@ def _check_same(settings, about, path):
     old = [f"{k} {made.get(k)}, not {v}" for k, v in _versions().items() if made.get(k) != v]
     if old: warnings.warn(f"{path} was made by {', '.join(old)}: the training goes on from it, but may not end as it would have", stacklevel=5)
 
-def _take_up(parts, keep, settings):
-    "Put the state of a checkpoint into `parts`; its losses, seconds and phases, or None where there is no checkpoint."
+def _take_up(parts, keep, settings, losses):
+    "Put the state of a checkpoint into `parts` and `losses`; its seconds and phases, or None where there is no checkpoint."
     if not (found := keep.read()): return None
     tensors, about = found
     _check_same(settings, about, keep.path)
     try:
         _put_back(parts, tensors)
-        return list(tensors["losses"]), float(about["seconds"]), {k: float(v) for k, v in about["phases"].items()}
+        losses.fill(tensors["losses"])
+        return float(about["seconds"]), {k: float(v) for k, v in about["phases"].items()}
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, IndexError) as e:
         raise ValueError(f"{keep.path} does not hold a whole run: {' '.join(str(e).split())[:300]}") from None
 
 def _write(parts, keep, settings, losses, seconds, phases, kept=""):
     "Write a checkpoint, if the state is worth it, and say where it is; a disk that fails now does not end the training."
-    tensors, i = _tensors_of(parts) | dict(losses=torch.stack(losses)), len(losses)
+    tensors, i = _tensors_of(parts) | dict(losses=losses.tensor), len(losses)
     if not all_finite(tensors): raise FloatingPointError(f"weights or loss are no longer finite after step {i - 1}: try a smaller learning rate (lr) or a bound on the gradient (clip=1){kept}")
     try: keep.write(tensors, dict(settings=settings, versions=_versions(), seconds=seconds, phases=phases))
     except OSError as e: warnings.warn(f"no checkpoint of step {i - 1} was written, the training goes on: {e}", stacklevel=4); return kept
     return f"; step {i - 1} is in {keep.path}"
 
-# %% ../nbs/04c_long_runs.ipynb #04c-27
+# %% ../nbs/04c_long_runs.ipynb #04c-28
 def explain_memory(
     error,     # what was raised
     attempt,   # function of a number of samples, which needs memory for them

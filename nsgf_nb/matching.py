@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .disk_pool import DiskPool, build_pool
 from .files import load_tensors, save_tensors
 from .flow import TrajectoryPool, integrate
-from .long_runs import Checkpoint, _below, _take_up, _write, check_loss, explain_memory, locked, room_for, stopping
+from .long_runs import Checkpoint, _below, _Losses, _take_up, _write, check_loss, explain_memory, locked, room_for, stopping
 from .models import MLP, UNet
 from .ranks import each, explain_loss, ranks, sharing
 from .sinkhorn import check_points
@@ -64,9 +64,9 @@ def _compiled(net, x, t, bf16):
 class _Run:
     "A training run: what it needs for a step, and to go on after a stop."
     def __init__(self, net, batches, c, phases):
-        self.net, self.fast, self.batches, self.c, self.phases, self.losses, self.seconds, self.kept = net, net, batches, c, phases, [], 0., ""
-        self.ranks = ranks()
-        self.device = next(net.parameters()).device
+        self.net, self.fast, self.batches, self.c, self.phases, self.seconds, self.kept = net, net, batches, c, phases, 0., ""
+        self.device, self.ranks = next(net.parameters()).device, ranks()
+        self.losses = _Losses(c["steps"], self.device)
         self.opt = torch.optim.AdamW(net.parameters(), c["lr"], weight_decay=0., fused=self.device.type in ("cpu", "cuda"))
         self.average = AveragedModel(net, multi_avg_fn=_ema(c["ema"]))
 
@@ -98,10 +98,10 @@ def _parts(run):
     return dict(net=run.net, average=run.average, adam=run.opt, rng=torch.default_generator) | (dict(batches=run.batches) if hasattr(run.batches, "state_dict") else {})
 
 def _load_run(run, keep):
-    if not (found := _take_up(_parts(run), keep, run.c)): return
-    losses, run.seconds, phases = found
-    run.losses, run.kept = [u.to(run.device) for u in losses], f"; step {len(losses) - 1} is in {keep.path}"
+    if not (found := _take_up(_parts(run), keep, run.c, run.losses)): return
+    run.seconds, phases = found
     run.phases.update(phases)
+    run.kept = f"; step {len(run.losses) - 1} is in {keep.path}"
 
 def _save_run(run, keep, seconds):
     run.seconds = seconds
@@ -166,8 +166,7 @@ def fit(
     run = _Run(net, batches, json.loads(json.dumps(dict(settings or {}, steps=steps, lr=lr, ema=ema, clip=clip, bf16=bf16))), {} if phases is None else phases)
     if compile and _steps_done(checkpoint) < steps: run.fast = _compiled(net, *next(batches)[:2], bf16)
     with locked(checkpoint) if checkpoint and run.ranks.main else nullcontext(): interrupted = _loop(run, steps, progress and run.ranks.main, checkpoint, every)
-    losses = torch.stack(run.losses).cpu() if run.losses else torch.zeros(0)
-    return Fitted(run.average.module, losses, run.seconds, interrupted)
+    return Fitted(run.average.module, run.losses.tensor.cpu(), run.seconds, interrupted)
 
 # %% ../nbs/05_matching.ipynb #05-22
 def _check_sample(name, x, shape=None):

@@ -135,7 +135,7 @@ def test_other_settings_are_refused_with_what_differs(pool):
 
 @pytest.mark.parametrize("change, words", (
     (dict(shards={"../../etc/passwd": "0"}), "shards must map indices to checksums"), (dict(shards={"7": "0"*64}), "shards must map"), (dict(shards={"²": ""}), "shards must map"),
-    (dict(planned=-1), "positive integers"), (dict(planned=True), "positive integers"), (dict(format="x"), "format is 'x'"), (dict(settings=[]), "must be objects"),
+    (dict(planned=-1), "positive integers"), (dict(planned=True), "positive integers"), (dict(format="x"), "format is 'x'"), (dict(settings=[]), "must be objects"), (dict(settings=dict(shape=[2], steps=5, paths=512, dtype=["float32"])), "dtype is"),
     (dict(shards={"0": "0"*64}), "is not the shard that the manifest speaks of"),
 ), ids=str)
 def test_manifests_of_strangers(pool, change, words):

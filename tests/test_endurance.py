@@ -1,9 +1,14 @@
 """What a run survives, at small size; `nsgf bench endurance` does the same at large, and its notebook shows the counts."""
+import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from nsgf_nb.endurance import _same, damages, full_disk, fuzz, overheads, report_endurance, stops, two_at_once
+from nsgf_nb.endurance import damages, full_disk, fuzz, overheads, report_endurance, stops, two_at_once
+from nsgf_nb.files import read_json
 
 
 def all_well(rows):
@@ -46,5 +51,31 @@ def test_overheads_are_measured():
 
 def test_the_counts():
     rows = [dict(what="SIGKILL", at="pool", survived=True, identical=i > 0) for i in range(3)] + [dict(what="bit", at="checkpoint", detected=False, survived=True, identical=True)]
-    table = report_endurance(dict(rows=rows, fuzz=[dict(at="m", outcome="read"), dict(at="m", outcome="hang")]))
-    assert "| SIGKILL | pool | 3 | 2 | 1 |" in table and "| bit | checkpoint | 1 | 0 | 1 |" in table and "| fuzzed | m | 2 | 1 | 1 |" in table
+    table = report_endurance(dict(stops=dict(found=rows), fuzz=dict(found=[dict(what="fuzz", at="m", outcome=o) for o in ("read", "hang")])))
+    assert "| SIGKILL | pool | 3 | 2 | 1 |" in table and "| bit | checkpoint | 1 | 0 | 1 |" in table and "| fuzz | m | 2 | 1 | 1 |" in table
+
+
+def test_parts_of_the_command(tmp_path, capsys):
+    "What the file has of other parts stays."
+    from nsgf_nb.cli import main
+    for part in ("disk", "fuzz"): assert main(["bench", "endurance", "--quick", "--out", str(tmp_path), "--parts", part]) == 0
+    found = read_json(tmp_path/"endurance.json")
+    assert list(found) == ["disk", "fuzz"] and len(found["fuzz"]["found"]) == 60 and "| second process | training | 1 | 1 | 0 |" in capsys.readouterr().out
+
+
+def test_a_long_training_does_not_grow(tmp_path):
+    "Memory that is kept from each step, however little, must not tear the heap to pieces."
+    program = """
+import torch
+from nsgf_nb.matching import fit
+from nsgf_nb.models import MLP
+g, seen = torch.Generator().manual_seed(0), []
+def batch():
+    seen.append(int(open("/proc/self/statm").read().split()[1]))
+    return torch.randn(128, 784, generator=g), torch.rand(128, generator=g), torch.randn(128, 784, generator=g)
+fit(MLP((784,), 32, 1), iter(batch, None), 600, progress=False)
+print((seen[-1] - seen[100])*4/1024)
+"""
+    if not Path("/proc/self/statm").exists(): pytest.skip("no /proc here")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert float(done.stdout) < 40, done.stdout + done.stderr                 # MB; it was 170
