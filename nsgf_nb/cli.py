@@ -166,6 +166,7 @@ def _add_train(verb):
     train.add_argument("--pool", metavar="FOLDER", help="keep the pool of the Sinkhorn flow on disk, below this folder; a build that was stopped goes on (default: in memory)")
     return train
 
+# %% ../nbs/12_cli.ipynb #12-15
 def _add_bench(verb):
     bench = verb("bench", None, "measure the Sinkhorn solver beside other libraries, every method in the plane, the ablations, or what a run survives")
     kinds = bench.add_subparsers(dest="what", required=True, metavar="WHAT")
@@ -187,7 +188,7 @@ def _add_bench(verb):
         v.add_argument("--out", default=out, help=f"folder for the results (default: {out})")
     return sinkhorn, plane, ablations
 
-# %% ../nbs/12_cli.ipynb #12-15
+# %% ../nbs/12_cli.ipynb #12-16
 def _parser():
     p = argparse.ArgumentParser(prog="nsgf", description="Neural Sinkhorn gradient flow: train, sample and measure.")
     verbs = p.add_subparsers(dest="verb", required=True, metavar="COMMAND")
@@ -213,7 +214,7 @@ def _parser():
     verb("info", _info, "versions, device, and where data and results are looked for")
     return p
 
-# %% ../nbs/12_cli.ipynb #12-16
+# %% ../nbs/12_cli.ipynb #12-17
 def _terminate(number, frame): raise Terminated("SIGTERM")
 
 @contextmanager
