@@ -322,7 +322,7 @@ def _disk_cost(folder, steps, rounds=5):
     return dict({k: statistics.median(v) for k, v in found.items()}, ratio=statistics.median(d/m for d, m in zip(found["disk"], found["memory"])), shards_read=pool.at)
 
 # %% ../nbs/32_endurance.ipynb #32-23
-def _large_job(folder, gb, progress=False):
+def _large_job(folder, gb):
     "Train once through a pool of so many GB, and write down what it took."
     torch.set_num_threads(1)
     pool, g, start = DiskPool(folder/"large", (1, 28, 28)), torch.Generator().manual_seed(0), time.perf_counter()

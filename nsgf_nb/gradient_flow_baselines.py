@@ -50,7 +50,7 @@ def _fit_stages(model, data, source, progress, checkpoint, every):
     c, losses = model.config, _Losses(model.config.train_steps)
     k, draw_x, draw_y, sources = _samplers(model, data, source)
     draw_x, draw_y = ((lambda n, draw=draw: draw(n).flatten(1)) for draw in (draw_x, draw_y))
-    net, done, settings = model._network(k.shape).to(model.device, torch.float32), 0, _settings(model, k, source)
+    net, settings = model._network(k.shape).to(model.device, torch.float32), _settings(model, k, source)
     parts = dict(net=net, rng=torch.default_generator, **{f"source{i}": s for i, s in enumerate(sources)}, **model._begin(net, k, draw_x, draw_y))
     keep, start = Checkpoint(checkpoint) if checkpoint else None, time.perf_counter()
     if keep and (found := _take_up(parts, keep, settings, losses)): start -= found[0]

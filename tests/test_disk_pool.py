@@ -1,5 +1,4 @@
 """Pools on disk: the same batches as from memory, a window that slides, shards that are made again, folders of others."""
-import json
 import math
 import os
 import shutil
@@ -10,7 +9,7 @@ import torch
 from nsgf_nb import NSGF
 from nsgf_nb.data import sample_2d
 from nsgf_nb.disk_pool import DiskPool, _sealed, build_pool
-from nsgf_nb.files import read_json, save_tensors, write_json
+from nsgf_nb.files import read_json, write_json
 
 MODEL = dict(width=16, depth=2, batch_size=64, train_steps=60, pool_size=2**13, pool_mb=1, minibatch=64, device="cpu")
 

@@ -15,7 +15,6 @@ import torch
 import nsgf_nb.files as files
 import nsgf_nb.long_runs as long_runs
 import nsgf_nb.matching as matching
-from nsgf_nb import NSGF
 from nsgf_nb.data import sample_2d
 from nsgf_nb.files import load_tensors, save_tensors
 from nsgf_nb.flow import particle_flow

@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import rewrite
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from torch.utils.data import Dataset, TensorDataset
 
