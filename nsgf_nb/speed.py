@@ -255,7 +255,7 @@ class Bench:
     methods: int = 99                           # so many of each library
 
 _QUICK = Bench(singles=((48, 2, 1.), (32, 64, 2.)), pools=((32, 2, 1.),), minibatches=2, peer_minibatches=1, steps=2, large=((256, 2, 1.),),
-               grow_n=(64,), grow_batch=(4,), grow_d=(), caps=(.05, .1, 5.), budgets=(.2, .3, .3), methods=1)
+               grow_n=(64,), grow_batch=(4,), grow_d=(), caps=(.05, .1, 5.), budgets=(2., 3., 3.), methods=1)
 
 # %% ../nbs/31_speed.ipynb #31-35
 def _available(device):
