@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 from .files import load_tensors, read_json, save_tensors, writable_folder, write_json
 from .flow import _on_paths, particle_flow
-from .long_runs import locked, room_for
+from .long_runs import _differences, locked, room_for
 
 # %% ../nbs/04d_disk_pool.ipynb #04d-07
 _FORMAT = "nsgf_nb/pool/1"
@@ -51,7 +51,7 @@ class _Manifest:
             if self.file.exists(): warnings.warn(f"{e}; it is made anew", stacklevel=4)
             write_json(writable_folder(folder)/"manifest.json", _sealed(dict(format=_FORMAT, settings=settings, planned=1, complete=False, shards={})))
             self.settings = self.read()["settings"]
-        other = [f"{k}={self.settings.get(k)!r}, not {v!r}" for k, v in json.loads(json.dumps(settings or {})).items() if self.settings.get(k) != v]
+        other = _differences(self.settings, json.loads(json.dumps(settings or {})))
         if other: raise ValueError(f"{folder} is a pool of other settings, with {'; '.join(other)}: name another folder, or remove it")
         self.id = hashlib.sha256(json.dumps(self.settings).encode()).hexdigest()[:16]
 

@@ -154,11 +154,14 @@ def _versions():
     import nsgf_nb
     return dict(nsgf_nb=nsgf_nb.__version__, torch=torch.__version__)
 
+def _differences(theirs, ours):
+    "Settings that are not the same, as words."
+    return [f"{k}={theirs.get(k)!r}, not {v!r}" for k, v in ours.items() if theirs.get(k) != v]
+
 def _check_same(settings, about, path):
     "Is a checkpoint of this very run?"
     theirs, made = (v if isinstance(v, dict) else {} for v in (about.get("settings"), about.get("versions")))
-    other = [f"{k}={theirs.get(k)!r}, not {v!r}" for k, v in settings.items() if theirs.get(k) != v]
-    if other: raise ValueError(f"{path} is a checkpoint of another run, with {'; '.join(other)}: name another file, or remove it")
+    if other := _differences(theirs, settings): raise ValueError(f"{path} is a checkpoint of another run, with {'; '.join(other)}: name another file, or remove it")
     old = [f"{k} {made.get(k)}, not {v}" for k, v in _versions().items() if made.get(k) != v]
     if old: warnings.warn(f"{path} was made by {', '.join(old)}: the training goes on from it, but may not end as it would have", stacklevel=5)
 
