@@ -6,7 +6,7 @@
 __all__ = ['Ranks', 'ranks', 'sharing', 'each', 'explain_loss']
 
 # %% ../nbs/04e_ranks.ipynb #04e-04
-import functools, os, re
+import functools, os, re, sys
 from contextlib import contextmanager
 import torch
 from torch import nn, Tensor
@@ -98,7 +98,9 @@ def explain_loss(
     error,       # what was raised
     kept:str="", # what is safe, for the message
 ):
-    "Raise `RuntimeError` that says so, where `error` means that another rank is gone."
+    "Print that another rank is gone, where `error` means that, and raise it as a `RuntimeError`."
     r = ranks()
     if r.count > 1 and re.search(r"[Cc]onnection (was )?(closed|reset)|gloo|NCCL|nccl|[Tt]imed out", str(error)):
-        raise RuntimeError(f"rank {r.index} of {r.count} has lost another rank, which died: see what that one printed{kept}") from error
+        said = f"rank {r.index} of {r.count} has lost another rank, which died: see what that one printed{kept}"
+        print(said, file=sys.stderr, flush=True)
+        raise RuntimeError(said) from error

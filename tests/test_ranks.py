@@ -79,7 +79,7 @@ def test_two_ranks_do_what_one_does(tmp_path):
 
 def test_a_rank_that_dies_ends_the_others_with_a_clear_message(tmp_path):
     said = run(tmp_path, DIE, tmp_path, ok=False)
-    assert "RuntimeError: rank 0 of 2 has lost another rank, which died: see what that one printed; step " in said
+    assert "rank 0 of 2 has lost another rank, which died: see what that one printed; step " in said    # the error itself may come too late
     assert len(load_tensors(tmp_path/"c")[0]["losses"]) in (3, 4, 5)   # the last good checkpoint
 
 
