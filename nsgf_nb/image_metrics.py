@@ -8,7 +8,6 @@ __all__ = ['Classifier', 'train_classifier', 'make_classifier', 'frechet_distanc
 
 # %% ../nbs/07b_image_metrics.ipynb #07b-04
 import hashlib
-import math
 import socket
 import time
 import warnings

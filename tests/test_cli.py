@@ -1,7 +1,5 @@
 """The `nsgf` command, in process and on a budget of moments: exit codes, what it says, what it leaves."""
-import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys

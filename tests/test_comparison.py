@@ -11,7 +11,7 @@ import torch
 from conftest import fails
 
 import nsgf_nb.comparison as comparison
-from nsgf_nb.comparison import COMPARED, METHODS, QUICK, Comparison, compare, read_results, report_table, summarise
+from nsgf_nb.comparison import COMPARED, METHODS, QUICK, Comparison, compare, read_results, report_table, side_by_side, summarise
 from nsgf_nb.data import TARGETS, sample_2d
 from nsgf_nb.experiment import _kept_floors
 
@@ -19,7 +19,7 @@ root = Path(__file__).resolve().parent.parent
 FLOORS = dict(w2=dict(mean=.5, se=.1, pairs=2, n=128), sw2=dict(mean=.1, se=.01, pairs=2, n=500))
 
 
-def row(mean, seconds=1.): return dict(seconds=seconds, measured={"10": dict(sw2=dict(mean=mean), w2=dict(mean=10*mean))})
+def row(mean, seconds=1., torch="2.14.1"): return dict(seconds=seconds, made_with=dict(commit=str(mean), torch=torch), measured={"10": dict(sw2=dict(mean=mean), w2=dict(mean=10*mean))})
 
 
 def result(seed, **means): return dict(seed=seed, floors=FLOORS, methods={name: row(m) for name, m in means.items()})
@@ -51,6 +51,13 @@ def test_one_seed_marks_only_the_best_and_shows_no_deviation():
 def test_a_method_that_one_target_lacks_leaves_its_cell_empty():
     r = {"moons": [result(0, NSGF=.1)], "scurve": [result(0, NSGF=.2, SWF=.3)]}
     assert "| SWF |  | 3.00 | 1 s |" in report_table(r, 10)
+
+
+def test_times_come_from_one_run_that_has_all_methods_with_the_same_versions():
+    runs = [dict(seed=i, methods=dict(NSGF=row(.1, a), FM=row(.2, b, torch))) for i, (a, b, torch) in enumerate(((9, 9, "2.14.1"), (2, 9, "2.14.1"), (1, 1, "2.15.0"), (9, 3, "2.14.1")))]
+    few = dict(seed=4, methods=dict(NSGF=row(.1, .5)))
+    assert side_by_side({"moons": runs, "scurve": [few]})["seed"] == 1       # 11 s, neither the 2 s of two versions nor the one method in half a second
+    assert side_by_side({"moons": runs, "scurve": [few]}, ("NSGF",))["seed"] == 4
 
 
 def test_torchcfm_takes_part_only_where_it_is_named():

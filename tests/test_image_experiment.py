@@ -18,7 +18,7 @@ from nsgf_nb.data import load_images
 from nsgf_nb.files import shipped
 from nsgf_nb.image_experiment import IMAGE_EXPERIMENTS, ImageExperiment, load_model, measure_images, run_images, sample_images, save_sheet
 from nsgf_nb.matching import NSGFConfig, TrainConfig
-from nsgf_nb.nsgfpp import PARTS, PhasePredictor, StraightConfig, StraightFlow
+from nsgf_nb.nsgfpp import PARTS, StraightConfig, StraightFlow
 
 SMALL = dict(train_steps=2, batch_size=8, channels=4, mult=(1, 2), clip=1.)
 
