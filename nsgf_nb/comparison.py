@@ -186,11 +186,10 @@ def side_by_side(
     results:dict,     # from `read_results`
     methods=COMPARED, # whose times are wanted
 )->dict:              # what `compare` returned
-    "The run whose times compare: all methods made with the same versions, most of them there, and of several such runs the quickest."
+    "The run whose times compare: all methods made with the same commit and versions, most of them there, and of several such runs the quickest."
     def worth(r):
         rows = [r["methods"][name] for name in methods if name in r["methods"]]
-        same = len({tuple((k, v) for k, v in row["made_with"].items() if k != "commit") for row in rows}) == 1
-        return same, len(rows), -sum(row["seconds"] for row in rows)
+        return len({str(row["made_with"]) for row in rows}) == 1, len(rows), -sum(row["seconds"] for row in rows)
     return max((r for rs in results.values() for r in rs), key=worth)
 
 

@@ -222,16 +222,16 @@ def _push(potential, x, steps):
 @dataclass(frozen=True)
 class JKOFlowConfig(_StagedConfig):
     "Settings of a `JKOFlow` run."
-    stages: int = 5          # JKO steps
+    stages: int = 2          # JKO steps
     train_steps: int = 1600  # optimiser steps of all stages together
     batch_size: int = 256    # data in each
     lr: float = 1e-2         # highest learning rate, of each stage anew
     ema: float = .99         # decay of the moving average of the weights: a stage is short
     width: int = 64          # of the potential's layers
     depth: int = 2           # of it, hidden layers
-    alpha: float = 5.        # weight of the KL divergence against ½W2²
+    alpha: float = 20.       # weight of the KL divergence against ½W2²
     hjb: float = .1          # β, weight of the Hamilton–Jacobi–Bellman residual
-    time_steps: int = 2      # Runge–Kutta steps of each stage
+    time_steps: int = 4      # Runge–Kutta steps of each stage
     particles: int = 2**16   # data that make the way together
 
 # %% ../nbs/09_gradient_flow_baselines.ipynb #09-37

@@ -19,7 +19,7 @@ root = Path(__file__).resolve().parent.parent
 FLOORS = dict(w2=dict(mean=.5, se=.1, pairs=2, n=128), sw2=dict(mean=.1, se=.01, pairs=2, n=500))
 
 
-def row(mean, seconds=1., torch="2.14.1"): return dict(seconds=seconds, made_with=dict(commit=str(mean), torch=torch), measured={"10": dict(sw2=dict(mean=mean), w2=dict(mean=10*mean))})
+def row(mean, seconds=1., torch="2.14.1"): return dict(seconds=seconds, made_with=dict(torch=torch), measured={"10": dict(sw2=dict(mean=mean), w2=dict(mean=10*mean))})
 
 
 def result(seed, **means): return dict(seed=seed, floors=FLOORS, methods={name: row(m) for name, m in means.items()})

@@ -17,7 +17,7 @@ from nsgf_nb.metrics import sw2
 
 TINY = {
     EPT: EPTConfig(stages=4, steps=4, train_steps=9, batch_size=32, width=8, depth=2, particles=64),
-    JKOFlow: JKOFlowConfig(stages=2, steps=4, train_steps=7, batch_size=32, width=8, depth=2, particles=64),
+    JKOFlow: JKOFlowConfig(stages=2, steps=4, train_steps=7, batch_size=32, width=8, depth=2, particles=64, time_steps=2),
     SlicedWassersteinFlow: SWFConfig(stages=3, steps=3, directions=4, quantiles=16, particles=64),
 }
 each_method = pytest.mark.parametrize("cls", TINY, ids=lambda cls: cls.__name__)
@@ -347,7 +347,7 @@ def test_bad_settings_are_refused_by_name():
 
 SMALL = {
     EPT: dict(stages=20, train_steps=500, batch_size=256, width=48, depth=2, step=1., last=.05, particles=4096),
-    JKOFlow: dict(stages=2, train_steps=160, batch_size=128, width=32, particles=4096, alpha=10.),
+    JKOFlow: dict(stages=2, train_steps=160, batch_size=128, width=32, particles=4096, alpha=10., time_steps=2),
     SlicedWassersteinFlow: dict(stages=20, particles=4096, quantiles=128, directions=8),
 }
 
