@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import nsgf_nb
 from .ablations import STUDIES, study
-from .comparison import COMPARED, DATA, METHODS, Comparison, QUICK, compare, read_results, report_table
+from .comparison import COMPARED, DATA, METHODS, Comparison, _QUICK, compare, read_results, report_table
 from .data import TARGETS, load_images, sample_2d
 from .experiment import DEMO, EXPERIMENTS, _report, draw, measure, measure_floors, run
 from .files import made_with, read_json, writable_folder
@@ -120,7 +120,7 @@ def _bench_sinkhorn(args):
 
 
 def _bench_2d(args):
-    c, out, device = QUICK if args.quick else Comparison(), Path(args.out), find_device(args.device)
+    c, out, device = _QUICK if args.quick else Comparison(), Path(args.out), find_device(args.device)
     targets = args.targets or (("moons", "8gaussians-moons") if args.quick else TARGETS)
     for seed in args.seeds or range(2 if args.quick else 5):
         for target in targets:

@@ -6,7 +6,7 @@
 __all__ = ['Ranks', 'ranks', 'sharing', 'each', 'explain_loss']
 
 # %% ../nbs/04e_ranks.ipynb #04e-04
-import functools, os, re, sys
+import atexit, functools, os, re, sys
 from contextlib import contextmanager
 import torch
 from torch import nn, Tensor
@@ -58,8 +58,14 @@ def _ranks(count, index):
     if count == 1: return Ranks()
     cuda = torch.cuda.is_available()
     if cuda: torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if not torch.distributed.is_initialized(): torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+        atexit.register(_leave)
     return Ranks(index, count)
+
+def _leave():
+    "At the end of the process: one that ends with the threads of its group at work is aborted now and then."
+    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
 # %% ../nbs/04e_ranks.ipynb #04e-10
 @contextmanager

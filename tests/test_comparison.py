@@ -11,7 +11,7 @@ import torch
 from conftest import fails
 
 import nsgf_nb.comparison as comparison
-from nsgf_nb.comparison import COMPARED, METHODS, QUICK, Comparison, compare, read_results, report_table, side_by_side, summarise
+from nsgf_nb.comparison import COMPARED, METHODS, _QUICK, Comparison, compare, read_results, report_table, side_by_side, summarise
 from nsgf_nb.data import TARGETS, sample_2d
 from nsgf_nb.experiment import _kept_floors
 
@@ -73,7 +73,7 @@ def test_torchcfm_takes_part_only_where_it_is_named():
 def done(tmp_path_factory):
     "Every method at toy size, on the target with a source of its own."
     out = tmp_path_factory.mktemp("comparison")
-    return out, compare("8gaussians-moons", seed=3, c=QUICK, floors=FLOORS, out=out, device="cpu", progress=False)
+    return out, compare("8gaussians-moons", seed=3, c=_QUICK, floors=FLOORS, out=out, device="cpu", progress=False)
 
 
 def test_every_method_runs_and_is_written_down(done):
@@ -95,7 +95,7 @@ def test_time_of_a_reflow_includes_the_flows_before_it(done):
 def test_what_is_there_is_not_done_again(done, monkeypatch):
     out, r = done
     monkeypatch.setattr(comparison, "_train", lambda *args: pytest.fail("trained again"))
-    assert compare("8gaussians-moons", seed=3, c=QUICK, floors=FLOORS, out=out, device="cpu", progress=False) == json.loads(json.dumps(r))
+    assert compare("8gaussians-moons", seed=3, c=_QUICK, floors=FLOORS, out=out, device="cpu", progress=False) == json.loads(json.dumps(r))
 
 
 def test_a_stopped_comparison_goes_on_and_ends_alike(done, tmp_path, monkeypatch):
@@ -105,7 +105,7 @@ def test_a_stopped_comparison_goes_on_and_ends_alike(done, tmp_path, monkeypatch
         if name == "3-RF" and calls.count(name) == 1: raise KeyboardInterrupt
         return train(name, *args)
     monkeypatch.setattr(comparison, "_train", stops)
-    settings = dict(seed=3, c=QUICK, floors=FLOORS, methods=("FM", "2-RF", "3-RF"), out=tmp_path, device="cpu", progress=False)
+    settings = dict(seed=3, c=_QUICK, floors=FLOORS, methods=("FM", "2-RF", "3-RF"), out=tmp_path, device="cpu", progress=False)
     with pytest.raises(KeyboardInterrupt): compare("8gaussians-moons", **settings)
     assert set(json.loads((tmp_path/"fresh"/"8gaussians-moons"/"seed3.json").read_text())["methods"]) == {"FM", "2-RF"}
     r = compare("8gaussians-moons", **settings)
@@ -122,13 +122,13 @@ def test_a_fixed_sample_is_all_that_is_seen(tmp_path, monkeypatch):
     class Spy(comparison.StraightFlow):
         def fit(self, data, *args, **kw): seen.append(data); return super().fit(data, *args, **kw)
     monkeypatch.setitem(METHODS, "FM", (Spy, {}))
-    compare("moons", "fixed", 1, QUICK, ("FM",), FLOORS, tmp_path, "cpu", False)
-    assert torch.equal(seen[0], sample_2d("moons", QUICK.fixed, 5_000_001))
+    compare("moons", "fixed", 1, _QUICK, ("FM",), FLOORS, tmp_path, "cpu", False)
+    assert torch.equal(seen[0], sample_2d("moons", _QUICK.fixed, 5_000_001))
 
 
 @pytest.mark.parametrize("bad, words", ((dict(methods=("GAN",)), "methods must be among NSGF, .*, got 'GAN'"), (dict(data="some"), "data must be one of fresh, fixed, got 'some'"), (dict(target="spiral"), "spiral")))
 def test_unknown_names_are_refused_before_work(tmp_path, bad, words):
-    with pytest.raises(ValueError, match=words): compare(**dict(target="moons", c=QUICK, out=tmp_path, progress=False) | bad)
+    with pytest.raises(ValueError, match=words): compare(**dict(target="moons", c=_QUICK, out=tmp_path, progress=False) | bad)
 
 
 def test_no_results(tmp_path):
@@ -145,9 +145,9 @@ def test_the_command(command, tmp_path):
 
 def test_floors_of_another_protocol_are_measured_again(tmp_path):
     def floors(c): return _kept_floors(c.experiment("moons"), tmp_path, False)
-    first = floors(QUICK)
-    assert floors(QUICK) == first and first["w2"]["pairs"] == 3
-    more = dataclasses.replace(QUICK, floor_pairs=4)
+    first = floors(_QUICK)
+    assert floors(_QUICK) == first and first["w2"]["pairs"] == 3
+    more = dataclasses.replace(_QUICK, floor_pairs=4)
     assert floors(more)["sw2"]["pairs"] == 4 and json.loads((tmp_path/"floors-moons.json").read_text())["w2"]["pairs"] == 4
 
 
