@@ -6,7 +6,7 @@
 __all__ = ['Ranks', 'ranks', 'sharing', 'each', 'explain_loss']
 
 # %% ../nbs/04e_ranks.ipynb #04e-04
-import atexit, functools, os, re, sys
+import atexit, functools, gc, os, re, sys
 from contextlib import contextmanager
 import torch
 from torch import nn, Tensor
@@ -65,6 +65,7 @@ def _ranks(count, index):
 
 def _leave():
     "At the end of the process: one that ends with the threads of its group at work is aborted now and then."
+    gc.collect()                                    # what still holds the group, such as a data-parallel network
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
 # %% ../nbs/04e_ranks.ipynb #04e-10
