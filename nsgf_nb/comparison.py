@@ -68,7 +68,7 @@ class Comparison:
         return sizes | (learns if issubclass(kind, (NSGF, StraightFlow)) else dict(train_steps=self.train_steps) if self.small and kind is not SlicedWassersteinFlow else {})
 
 _QUICK = Comparison(width=32, depth=2, batch_size=128, train_steps=100, small=2**10, fixed=500, floor_pairs=3,
-                   w2_draws=1, w2_points=128, sw2_points=500, steps=(5, 10), sw2_draws=(2, 1))
+                    w2_draws=1, w2_points=128, sw2_points=500, steps=(5, 10), sw2_draws=(2, 1))
 
 # %% ../nbs/11_comparison.ipynb #11-12
 DATA = "fresh", "fixed"
@@ -186,12 +186,11 @@ def side_by_side(
     results:dict,     # from `read_results`
     methods=COMPARED, # whose times are wanted
 )->dict:              # what `compare` returned
-    "The run whose times compare: all methods made with the same commit and versions, most of them there, and of several such runs the quickest."
+    "The run whose times compare best: before others one whose methods were all made with the same commit and versions, then one with most of them, then the quickest."
     def worth(r):
         rows = [r["methods"][name] for name in methods if name in r["methods"]]
         return len({str(row["made_with"]) for row in rows}) == 1, len(rows), -sum(row["seconds"] for row in rows)
     return max((r for rs in results.values() for r in rs), key=worth)
-
 
 # %% ../nbs/11_comparison.ipynb #11-21
 def _cell(row, value, sd, digits):

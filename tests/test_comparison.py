@@ -19,7 +19,7 @@ root = Path(__file__).resolve().parent.parent
 FLOORS = dict(w2=dict(mean=.5, se=.1, pairs=2, n=128), sw2=dict(mean=.1, se=.01, pairs=2, n=500))
 
 
-def row(mean, seconds=1., torch="2.14.1"): return dict(seconds=seconds, made_with=dict(torch=torch), measured={"10": dict(sw2=dict(mean=mean), w2=dict(mean=10*mean))})
+def row(mean, seconds=1., version="2.14.1"): return dict(seconds=seconds, made_with=dict(torch=version), measured={"10": dict(sw2=dict(mean=mean), w2=dict(mean=10*mean))})
 
 
 def result(seed, **means): return dict(seed=seed, floors=FLOORS, methods={name: row(m) for name, m in means.items()})
@@ -54,7 +54,7 @@ def test_a_method_that_one_target_lacks_leaves_its_cell_empty():
 
 
 def test_times_come_from_one_run_that_has_all_methods_with_the_same_versions():
-    runs = [dict(seed=i, methods=dict(NSGF=row(.1, a), FM=row(.2, b, torch))) for i, (a, b, torch) in enumerate(((9, 9, "2.14.1"), (2, 9, "2.14.1"), (1, 1, "2.15.0"), (9, 3, "2.14.1")))]
+    runs = [dict(seed=i, methods=dict(NSGF=row(.1, a), FM=row(.2, b, version))) for i, (a, b, version) in enumerate(((9, 9, "2.14.1"), (2, 9, "2.14.1"), (1, 1, "2.15.0"), (9, 3, "2.14.1")))]
     few = dict(seed=4, methods=dict(NSGF=row(.1, .5)))
     assert side_by_side({"moons": runs, "scurve": [few]})["seed"] == 1       # 11 s, neither the 2 s of two versions nor the one method in half a second
     assert side_by_side({"moons": runs, "scurve": [few]}, ("NSGF",))["seed"] == 4
