@@ -203,7 +203,7 @@ def report_table(
     results:dict,       # from `read_results`
     steps:int,          # Euler steps
     metric:str="sw2",   # or "w2"
-    floors:bool=True,   # in floors, else in data units
+    floors:bool=True,   # in floors, else in data units, with the floor as last line
     methods=COMPARED,   # who takes part
 )->str:                 # a table in Markdown
     "Methods down, targets across; ** marks the best of a column and those within one standard deviation of it. Last, the seconds of training in the run that `side_by_side` finds."
@@ -214,4 +214,5 @@ def report_table(
     for name in methods:
         cells = [_cell(rows.get(name), value, sd, digits) for rows in columns.values()]
         if any(cells): lines.append(f"| {name} | " + " | ".join(cells) + (f" | {timed[name]['seconds']:.0f} s |" if name in timed else " | |"))
+    if not floors: lines.append("| *floor* | " + " | ".join(f"*{rs[0]['floors'][metric]['mean']:.{digits}f}*" for rs in results.values()) + " | |")
     return "\n".join(lines)

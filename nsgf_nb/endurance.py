@@ -379,15 +379,20 @@ def endure(
     if progress: print(report_endurance(result)); print(f"wrote {path}")
     return result
 
+
+# %% ../nbs/32_endurance.ipynb #32-26b
+_KINDS = {"SIGKILL": "kill -9 at a random moment", "SIGTERM": "SIGTERM at a random moment", "full": "a full disk",
+          "second process": "a second process in the same folder", "fuzz": "files from strangers (read, or refused in a sentence)"}
+
 def report_endurance(
-    result:dict, # from `endure`
-)->str:          # a table in Markdown
+    result:dict,      # from `endure`
+    brief:bool=False, # a line for each kind of accident, not for each kind and place?
+)->str:               # a table in Markdown
     "What was tried, survived, and lost."
-    lines = ["| what | where | tried | survived, with the same bits | lost |", "|---|---|--:|--:|--:|"]
     rows = [r for name in ("stops", "damages", "disk", "fuzz") for r in result.get(name, dict(found=[]))["found"]]
-    for what, at in sorted({(r["what"], r["at"]) for r in rows}, key=[(r["what"], r["at"]) for r in rows].index):
-        lost = [_lost(r) for r in rows if (r["what"], r["at"]) == (what, at)]
-        lines.append(f"| {what} | {at} | {len(lost)} | {len(lost) - sum(lost)} | {sum(lost)} |")
-    return "\n".join(lines)
+    groups = {}
+    for r in rows: groups.setdefault(_KINDS.get(r["what"], "files damaged, lost, or another's") if brief else f"{r['what']} | {r['at']}", []).append(_lost(r))
+    head = "| what | tried | survived, with the same bits | lost |\n|---|--:|--:|--:|" if brief else "| what | where | tried | survived, with the same bits | lost |\n|---|---|--:|--:|--:|"
+    return "\n".join([head] + [f"| {what} | {len(lost)} | {len(lost) - sum(lost)} | {sum(lost)} |" for what, lost in groups.items()])
 
 def _lost(r): return r["outcome"] not in ("read", "refused") if "outcome" in r else not (r["survived"] and r["identical"] and r.get("detected", True))

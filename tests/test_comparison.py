@@ -48,6 +48,13 @@ def test_one_seed_marks_only_the_best_and_shows_no_deviation():
     assert "| NSGF | **1.00** | 1 s |" in report_table(r, 10) and "| FM | 1.00 | 1 s |" in report_table(r, 10) and "nan" not in report_table(r, 10)
 
 
+def test_in_data_units_the_last_line_is_the_floor():
+    r = {"moons": [result(0, NSGF=.2)], "scurve": [result(0, NSGF=.3)]}
+    table, floors = report_table(r, 10, floors=False), [rs[0]["floors"]["sw2"]["mean"] for rs in r.values()]
+    assert "| NSGF | **0.2000** | **0.3000** | 1 s |" in table and table.endswith(f"\n| *floor* | *{floors[0]:.4f}* | *{floors[1]:.4f}* | |")
+    assert "floor" not in report_table(r, 10)
+
+
 def test_a_method_that_one_target_lacks_leaves_its_cell_empty():
     r = {"moons": [result(0, NSGF=.1)], "scurve": [result(0, NSGF=.2, SWF=.3)]}
     assert "| SWF |  | 3.00 | 1 s |" in report_table(r, 10)
@@ -164,7 +171,7 @@ def shown(path):
 def test_tables_in_the_notebook_are_those_of_the_results(data):
     found, text = read_results(root/"nbs"/"results"/"comparison", data), shown(root/"nbs"/"20b_comparison.ipynb")
     for steps in (10, 100):
-        for metric in ("sw2", "w2"): assert report_table(found, steps, metric) in text
+        for metric in ("sw2", "w2"): assert all(report_table(found, steps, metric, floors) in text for floors in ((True, False) if data == "fresh" else (True,)))
     if data == "fresh": assert report_table(found, 10) in (root/"README.md").read_text(encoding="utf-8")
 
 

@@ -51,8 +51,10 @@ def test_overheads_are_measured():
 
 def test_the_counts():
     rows = [dict(what="SIGKILL", at="pool", survived=True, identical=i > 0) for i in range(3)] + [dict(what="bit", at="checkpoint", detected=False, survived=True, identical=True)]
-    table = report_endurance(dict(stops=dict(found=rows), fuzz=dict(found=[dict(what="fuzz", at="m", outcome=o) for o in ("read", "hang")])))
+    result = dict(stops=dict(found=rows), fuzz=dict(found=[dict(what="fuzz", at="m", outcome=o) for o in ("read", "hang")]))
+    table, brief = report_endurance(result), report_endurance(result, brief=True)
     assert "| SIGKILL | pool | 3 | 2 | 1 |" in table and "| bit | checkpoint | 1 | 0 | 1 |" in table and "| fuzz | m | 2 | 1 | 1 |" in table
+    assert "| kill -9 at a random moment | 3 | 2 | 1 |" in brief and "damaged, lost, or another's | 1 | 0 | 1 |" in brief and len(brief.splitlines()) == 5
 
 
 def test_parts_of_the_command(tmp_path, capsys):
