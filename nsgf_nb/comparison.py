@@ -138,7 +138,8 @@ def compare(
     if data not in DATA: raise ValueError(f"data must be one of {', '.join(DATA)}, got {data!r}")
     folder, device = writable_folder(Path(out)/data/target/f"seed{seed}"), find_device(device)
     path = folder.with_suffix(".json")
-    result = _begun(path, dict(target=target, data=data, seed=seed, command=f"nsgf bench 2d --targets {target} --data {data} --seeds {seed}",
+    draws = f" --draws {c.sw2_draws[0]}" if len(c.steps) == 1 else ""      # as the command line makes it
+    result = _begun(path, dict(target=target, data=data, seed=seed, command=f"nsgf bench 2d --targets {target} --data {data} --seeds {seed}{draws}",
         protocol=_plain(c), floors=floors or _kept_floors(c.experiment(target), out, progress), methods={}))
     for name in METHODS:
         if name in result["methods"] or name not in methods: continue

@@ -148,6 +148,13 @@ def test_the_command(command, tmp_path):
     assert code == 0 and re.search(r"\| NSGF \| .*\d\.\d\d ± \d", out) and f"wrote {tmp_path/'q'}/" in out
     assert sorted(p.name for p in (tmp_path/"q"/"fixed"/"moons").iterdir()) == ["seed0", "seed0.json", "seed1", "seed1.json"]
     fails(command("nsgf", "bench", "2d", "--targets", "moons", "--methods", "NSGF", "--seeds", "0", "--out", tmp_path/"q"), "another protocol")
+    more = "bench", "2d", "--quick", "--targets", "moons", "--data", "fresh", "--methods", "NSGF", "--seeds", "0", "--draws", "4"
+    assert command("nsgf", *more, "--out", tmp_path/"more")[0] == 0
+    many, few = (json.loads((tmp_path/where/"fresh"/"moons"/"seed0.json").read_text()) for where in ("more", "q"))
+    first, all_of_them = (r["methods"]["NSGF"]["measured"]["5"]["sw2"]["values"] for r in (few, many))
+    assert many["command"].endswith("--draws 4") and len(all_of_them) == 4 and all_of_them[:2] == first and "10" not in many["methods"]["NSGF"]["measured"]
+    fails(command("nsgf", *more, "--out", tmp_path/"q"), "another protocol")
+    fails(command("nsgf", *more[:-1], "0"), "--draws")
 
 
 def test_floors_of_another_protocol_are_measured_again(tmp_path):
