@@ -177,7 +177,7 @@ def _add_bench(verb):
     plane.add_argument("--data", nargs="+", choices=DATA, default=DATA, help="target samples: fresh without limit, or a fixed set (default: both)")
     plane.add_argument("--methods", nargs="+", choices=METHODS, default=COMPARED, metavar="METHOD", help=f"default: {', '.join(COMPARED)}; also torchcfm, where it is installed")
     plane.add_argument("--seeds", type=int, nargs="+", help="one run for each (default: 0 to 4; quick: 0 and 1)")
-    plane.add_argument("--draws", type=_at_least_one, metavar="N", help="measure after 10 Euler steps only, SW2 on N pairs of samples for each seed; needs another --out (default: 3 pairs after 10 steps, 1 after 100)")
+    plane.add_argument("--draws", type=_at_least_one, metavar="N", help="measure after 10 Euler steps only (quick: 5), SW2 on N pairs of samples for each seed; needs an --out of its own (default: 3 pairs after 10 steps, 1 after 100)")
     ablations = kinds.add_parser("ablations", help="one study a question: " + ", ".join(STUDIES))
     ablations.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), metavar="STUDY", help="default: all")
     ablations.add_argument("--seeds", type=int, nargs="+", help="one run for each (default: 0 to 2; quick: 0)")

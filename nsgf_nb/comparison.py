@@ -120,6 +120,10 @@ def _repeated(c, target, seed, floors):
 
 def _plain(config): return json.loads(json.dumps(dataclasses.asdict(config)))
 
+def _command(target, data, seed, c):
+    draws = f" --draws {c.sw2_draws[0]}" if len(c.steps) == 1 else ""
+    return f"nsgf bench 2d --targets {target} --data {data} --seeds {seed}{draws}"
+
 # %% ../nbs/11_comparison.ipynb #11-18
 def compare(
     target:str,              # one of `TARGETS`
@@ -138,8 +142,7 @@ def compare(
     if data not in DATA: raise ValueError(f"data must be one of {', '.join(DATA)}, got {data!r}")
     folder, device = writable_folder(Path(out)/data/target/f"seed{seed}"), find_device(device)
     path = folder.with_suffix(".json")
-    draws = f" --draws {c.sw2_draws[0]}" if len(c.steps) == 1 else ""      # as the command line makes it
-    result = _begun(path, dict(target=target, data=data, seed=seed, command=f"nsgf bench 2d --targets {target} --data {data} --seeds {seed}{draws}",
+    result = _begun(path, dict(target=target, data=data, seed=seed, command=_command(target, data, seed, c),
         protocol=_plain(c), floors=floors or _kept_floors(c.experiment(target), out, progress), methods={}))
     for name in METHODS:
         if name in result["methods"] or name not in methods: continue
