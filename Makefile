@@ -5,13 +5,13 @@ BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test readme docs-check clean
+.PHONY: help demo test lint readme docs-check clean
 .NOTPARALLEL:
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
 
-demo: $(INSTALLED) ## train on 8gaussians (about 2 minutes), print the distances, draw the paths
+demo: $(INSTALLED) ## train on 8gaussians (about 2 minutes), draw the flow, print the distances
 	$(BIN)/nsgf demo
 
 test: $(INSTALLED) ## run every notebook, then pytest
@@ -19,18 +19,23 @@ test: $(INSTALLED) ## run every notebook, then pytest
 	MPLBACKEND=agg OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing
 	MPLBACKEND=agg $(BIN)/python -m pytest
 
-readme: $(INSTALLED) ## make README.md from nbs/index.ipynb
+lint: $(INSTALLED) ## check the style of notebooks, tests and tools
+	$(BIN)/ruff check .
+
+readme: $(INSTALLED) ## make README.md from nbs/index.ipynb; add or remove Colab links
+	$(BIN)/python tools/publish.py
 	$(BIN)/python tools/readme.py
 
 docs-check: $(INSTALLED) ## make the package, clean notebooks and README.md again; fail if git sees a change
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
+	$(BIN)/python tools/publish.py
 	$(BIN)/python tools/readme.py
 	@changed=$$(git status --porcelain -- nsgf_nb nbs README.md README_files) && test -z "$$changed" \
 	|| { echo "These files are out of step with the notebooks, or not committed:"; echo "$$changed"; exit 1; } >&2
 
 clean: ## remove the environment, builds and caches (not runs/)
-	rm -rf $(VENV) build dist *.egg-info _proc _docs nbs/sidebar.yml .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info _proc _docs nbs/sidebar.yml nbs/nbdev.yml .pytest_cache .hypothesis
 	find nsgf_nb nbs tests tools -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
 $(INSTALLED): settings.ini setup.py pyproject.toml

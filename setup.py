@@ -9,17 +9,21 @@ root = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(root/"settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
+published = cfg.getboolean("published")
 
 
-def on_the_web(match):
-    "A link or picture of the README, relative to the repository, as an address that also works on PyPI."
+def absolute(match):
+    "A link or picture of the README, relative to the repository, as an address that works on PyPI."
     start, target = match.groups()
-    if re.match(r"[a-z][a-z0-9+.-]*:|#", target): return match[0]
-    return f"{start}{cfg['git_url']}/{'blob' if start == '](' else 'raw'}/{cfg['branch']}/{target}"
+    if re.match(r"[a-z][a-z0-9+.-]*:|#", target):
+        return match[0]
+    kind = "blob" if start == "](" else "raw"
+    return f"{start}{cfg['git_url']}/{kind}/{cfg['branch']}/{target}"
 
 
 readme = (root/"README.md").read_text(encoding="utf-8")
-readme = re.sub(r"(!\[[^\[\]]*\]\(|\]\(|src=\")([^)\s\"]+)", on_the_web, readme)
+if published:
+    readme = re.sub(r"(!\[[^\[\]]*\]\(|\]\(|src=\")([^)\s\"]+)", absolute, readme)
 
 setup(
     name=cfg["lib_name"],
@@ -28,7 +32,7 @@ setup(
     long_description=readme,
     long_description_content_type="text/markdown",
     author=cfg["author"],
-    url=cfg["git_url"],
+    url=cfg["git_url"] if published else None,
     license=cfg["license"],
     license_files=["LICENSE"],
     keywords=cfg["keywords"].split(),
@@ -43,7 +47,8 @@ setup(
     package_data={cfg["lib_name"]: ["weights/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "bench", "gpu", "images", "ranks")},
+    extras_require={name: cfg[f"{name}_requirements"].split()
+                    for name in ("dev", "bench", "gpu", "images", "ranks")},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,
 )

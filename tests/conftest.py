@@ -1,4 +1,6 @@
-"""What tests share: the `nsgf` command in process, and model files that say something else."""
+"""What tests share: the `nsgf` command in process, and model files whose content was changed."""
+import hashlib
+import json
 import re
 
 import pytest
@@ -6,12 +8,15 @@ import pytest
 
 @pytest.fixture
 def command(capsys):
-    "Run `nsgf` in process: exit code, what it printed, the lines of its complaint that begin with `starts` (bars and warnings of others aside)."
+    "Run `nsgf` in process: exit code, stdout, and the lines of stderr that start with `starts`."
     from nsgf_nb.cli import main
+
     def call(starts, *words):
         capsys.readouterr()
-        try: code = main([str(w) for w in words])
-        except SystemExit as e: code = e.code
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as e:
+            code = e.code
         out, err = capsys.readouterr()
         assert "Traceback" not in out + err
         return code, out, [line for line in err.splitlines() if line.startswith(starts)]
@@ -19,19 +24,25 @@ def command(capsys):
 
 
 def fails(result, words, code=1):
-    "One sentence on stderr, that says so."
-    found, _, err = result
-    assert found == code and len(err) == 1, result
+    "Check that a command failed with one sentence on stderr that matches `words`."
+    actual, _, err = result
+    assert actual == code and len(err) == 1, result
     assert err[0].startswith("nsgf: ") and re.search(words, err[0]), err[0]
 
 
 def rewrite(path, about=None, tensors=None):
-    "The same model file with some of its description, or of its tensors, replaced, and the checksum of what it says then; None removes one."
-    import json
+    "Change the description or the tensors of a model file, and seal it again; None removes one."
     from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
-    from nsgf_nb.files import _digest
-    with safe_open(path, "pt") as f: old = json.loads(f.metadata()["nsgf_nb"])
-    new = {k: v for k, v in {**old, **(about or {})}.items() if v is not None and k != "sha256"}
-    content = {k: v for k, v in {**load_file(path), **(tensors or {})}.items() if v is not None}
-    save_file(content, path, {"nsgf_nb": json.dumps(dict(new, sha256=_digest(content, new)))})
+    from safetensors.torch import save_file
+    with safe_open(path, "pt") as file:
+        old_about = json.loads(file.metadata()["nsgf_nb"])
+        old_tensors = {name: file.get_tensor(name) for name in file.keys()}
+    changed = {**old_about, **(about or {}), "sha256": None}
+    about = {name: value for name, value in changed.items() if value is not None}
+    changed = {**old_tensors, **(tensors or {})}
+    tensors = {name: tensor for name, tensor in changed.items() if tensor is not None}
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    save_file(tensors, path, {"nsgf_nb": json.dumps(dict(about, sha256=digest.hexdigest()))})

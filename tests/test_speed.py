@@ -1,238 +1,310 @@
-"""The speed benchmark: it runs everywhere, names who is missing, and its adapters compute the same velocity as we do."""
+"""The speed benchmark: it names absent libraries, and its adapters compute the same velocity."""
+import argparse
 import json
 import math
 import re
 import sys
-import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-import nsgf_nb.speed as speed
-from nsgf_nb.cli import main
-from nsgf_nb.speed import METHODS, Bench, bench, clouds, curve, growth, peers, time_at
+from nsgf_nb.bench import speed_curves
+from nsgf_nb.bench.speed import (
+    QUICK,
+    Limits,
+    bench,
+    growth,
+    reason_to_skip,
+    register,
+    summarise,
+)
+from nsgf_nb.bench.speed_curves import (
+    METHODS,
+    PEERS,
+    Curve,
+    Method,
+    Problem,
+    clouds,
+    measure_curve,
+    peers,
+    reference_velocity,
+    time_at,
+)
 from nsgf_nb.sinkhorn import velocity
 
-PEERS = "GeomLoss", "POT", "OTT-JAX"
-MODULES = {"GeomLoss": "geomloss", "POT": "ot.batch", "OTT-JAX": "ott.solvers.linear.sinkhorn"}
-TINY = Bench(singles=((24, 2, 1.),), pools=((16, 2, 1.),), minibatches=2, peer_minibatches=1, steps=2, large=((64, 2, 1.),),
-             grow_n=(16,), grow_batch=(), grow_d=(), caps=(.05, .1, 5.), budgets=(.1, .1, .1), methods=1)
+
+def curve_through(*points, library="POT"):
+    "A curve through points (error, seconds)."
+    curve = Curve(library, "method", "float32", 1)
+    for error, seconds in points:
+        curve.knobs.append(error)
+        curve.errors.append(error)
+        curve.seconds.append(seconds)
+    return curve
 
 
-def without(monkeypatch, *libraries):
-    "As if these were not installed: importing them fails."
-    for library in libraries: monkeypatch.setitem(sys.modules, MODULES[library], None)
+def scripted(results):
+    "A method that gives a constant velocity for each knob, or raises."
+    def make(x, y, blur, max_iter):
+        def solve(knob):
+            if isinstance(results[knob], Exception):
+                raise results[knob]
+            return torch.full_like(x, results[knob])
+        return solve
+    return Method("POT", "scripted", make, tuple(results))
 
 
-def point(error, seconds): return dict(error=error, seconds=seconds)
+def problem(n, blur, batch=1):
+    "A problem in the plane whose reference our own solver computes."
+    x, y = clouds(n, 2, batch)
+    reference = velocity(x.double(), y.double(), blur, tol=1e-10, max_iter=50_000)
+    return Problem(x, y, blur, reference)
 
 
-# ---- the interpolation
+# ---- time at a given error
 
-def test_time_between_two_points_is_straight_in_the_logarithms():
-    points = [point(1e-1, 1.), point(1e-5, 16.)]
-    assert math.isclose(time_at(points, 1e-3), 4.)
-    assert math.isclose(time_at(points, 1e-2), 2.)
-    assert time_at(points, 1e-3, interpolate=False) == 16.
-    assert time_at(points[::-1], 1e-3) == time_at(points, 1e-3)
-
-
-def test_time_at_a_point_is_its_time():
-    assert time_at([point(1e-2, 1.), point(1e-3, 2.), point(1e-4, 9.)], 1e-3) == 2.
+def test_time_is_interpolated_in_logarithms():
+    curve = curve_through((1e-1, 1.), (1e-5, 16.))
+    assert math.isclose(time_at([curve], 1e-3), 4.)
+    assert math.isclose(time_at([curve], 1e-2), 2.)
+    assert time_at([curve], 1e-3, interpolate=False) == 16.
+    exact = curve_through((1e-2, 1.), (0., 4.))
+    assert 1. < time_at([exact], 1e-3) < 4.
 
 
-def test_nothing_is_extrapolated():
-    points = [point(1e-1, 1.), point(1e-2, 2.)]
-    assert time_at(points, 1e-3) is None
-    assert time_at(points, .5) == 1.
-    assert time_at([], 1e-3) is None and time_at([dict(failed="not finite")], 1e-3) is None
+def test_time_at_a_measured_error():
+    assert time_at([curve_through((1e-2, 1.), (1e-3, 2.), (1e-4, 9.))], 1e-3) == 2.
+
+
+def test_time_is_not_extrapolated():
+    curve = curve_through((1e-1, 1.), (1e-2, 2.))
+    assert time_at([curve], 1e-3) is None
+    assert time_at([curve], .5) == 1.
+    assert time_at([]) is None
 
 
 def test_only_the_lower_edge_counts():
-    edge = [point(1e-2, 1.), point(1e-4, 4.)]
-    beaten = [point(2e-2, 1.), point(5e-3, 5.), point(1e-3, 4.5), point(1e-4, 8.)]
-    assert math.isclose(time_at(edge + beaten, 1e-3), time_at(edge, 1e-3))
-    assert time_at([point(1e-2, 5.), point(1e-4, 4.)], 1e-3) == 4.           # the finer one is the faster one
+    edge = curve_through((1e-2, 1.), (1e-4, 4.))
+    beaten = curve_through((2e-2, 1.), (5e-3, 5.), (1e-3, 4.5), (1e-4, 8.))
+    assert time_at([beaten, edge], 1e-3) == time_at([edge], 1e-3)
+    assert time_at([curve_through((1e-2, 5.), (1e-4, 4.))], 1e-3) == 4.
 
 
-def test_an_exact_result_does_not_break_the_logarithm():
-    assert 1. < time_at([point(1e-2, 1.), point(0., 4.)], 1e-3) < 4.
+def test_summary_favours_the_peers():
+    points = (1e-2, 1.), (1e-4, 4.)
+    curves = [curve_through(*points, library=library) for library in ("nsgf_nb", "POT")]
+    summary = summarise(curves, 1e-3)
+    assert summary["seconds"]["nsgf_nb"] == 4.
+    assert math.isclose(summary["seconds"]["POT"], 2.)
+    assert summary["fastest_peer"] == "POT"
+    assert math.isclose(summary["ratio"], .5)
+    assert summarise(curves[:1], 1e-3)["ratio"] is None
 
 
-# ---- the clouds
+# ---- clouds, methods, reference
 
 @pytest.mark.parametrize("d", (2, 64, 784, 3072))
 def test_clouds(d):
     x, y = clouds(16, d, 3, seed=1)
-    assert x.shape == y.shape == (3, 16, d) and x.dtype == y.dtype == torch.float32
-    assert d == 2 or (-1 <= y.min() and y.max() <= 1 and y.std() > .1)
+    assert x.shape == y.shape == (3, 16, d)
+    assert x.dtype == y.dtype == torch.float32
+    if d > 2:
+        assert -1 <= y.min() and y.max() <= 1
+        assert y.std() > .1
     again = clouds(16, d, 3, seed=1)
     assert torch.equal(x, again[0]) and torch.equal(y, again[1])
     assert not torch.equal(y, clouds(16, d, 3, seed=2)[1])
 
 
-# ---- the adapters
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label().replace(" ", "-"))
+def test_every_method_gives_our_velocity(method):
+    absent = peers()[1]
+    if method.library in absent:
+        pytest.skip(absent[method.library])
+    two = problem(24, 2., batch=2)
+    for chunk in (1, 2) if method.batched else (1,):
+        curve = measure_curve(method, two, cap=60, chunk=chunk)
+        assert curve.failed is None
+        assert curve.chunk == chunk
+        assert min(curve.errors) < (1e-2 if method.library == "GeomLoss" else 1e-3)
+        assert all(seconds > 0 for seconds in curve.seconds)
 
-@pytest.mark.parametrize("m", METHODS, ids=lambda m: f"{m.library}-{m.name}-{m.dtype}".replace("torch.", "").replace(" ", "_"))
-def test_every_method_gives_our_velocity(m):
-    if m.library in peers()[1]: pytest.skip(f"{m.library} is left out: {peers()[1][m.library]}")
-    x, y = clouds(24, 2, 2)
-    ref = velocity(x.double(), y.double(), 2., tol=1e-10, max_iter=50_000)
-    for chunk in (1, 2) if m.batched else (1,):
-        points = curve(m, x, y, 2., ref, cap=60, chunk=chunk)
-        assert "failed" not in points[-1], points[-1]
-        errors = [p["error"] for p in points]
-        assert min(errors) < (1e-2 if m.library == "GeomLoss" else 1e-3), errors
-        assert all(p["chunk"] == chunk and p["seconds"] > 0 and p["runs"] >= 1 for p in points)
 
-
-@pytest.mark.parametrize("d, blur", ((2, .5), (2, 1.), (64, 2.)))
-def test_the_reference_is_that_of_plain_iterations(d, blur):
-    x, y = (t.double() for t in clouds(32, d, 2))
-    def T(x, y):
-        C, g = torch.cdist(x, y)**2/2/blur**2, torch.zeros(2, 1, 32, dtype=torch.float64)
-        for _ in range(20_000):
+@pytest.mark.parametrize("d, blur", ((2, .5), (2, 1.), (64, 4.)))
+def test_reference_agrees_with_plain_iterations(d, blur):
+    def barycentric_map(x, y):
+        C = torch.cdist(x, y)**2/2/blur**2
+        g = torch.zeros(2, 1, 32, dtype=torch.float64)
+        for _ in range(5_000):
             f = -(g - C).logsumexp(-1, keepdim=True)
             g = -(f - C).logsumexp(-2, keepdim=True)
         return torch.softmax(g - C, -1) @ y
-    ref = speed._reference(x.float(), y.float(), blur)
-    assert ref.dtype == torch.float64
-    torch.testing.assert_close(ref, T(x, y) - T(x, x), rtol=0, atol=1e-8)
-    torch.testing.assert_close(speed._reference(x, y, blur, tol=1e-8), ref, rtol=0, atol=1e-5)
+    x, y = (t.double() for t in clouds(32, d, 2))
+    reference = reference_velocity(x.float(), y.float(), blur)
+    assert reference.dtype == torch.float64
+    expected = barycentric_map(x, y) - barycentric_map(x, x)
+    torch.testing.assert_close(reference, expected, rtol=0, atol=1e-8)
+    ours = reference_velocity(x, y, blur, tol=1e-8)
+    torch.testing.assert_close(ours, reference, rtol=0, atol=1e-5)
 
+
+# ---- curves
 
 def test_a_curve_ends_when_it_is_fine_enough_or_slow():
-    x, y = clouds(24, 2)
-    ref = velocity(x.double(), y.double(), 1., tol=1e-10, max_iter=50_000)
-    m = METHODS[0]
-    fine = curve(m, x, y, 1., ref, cap=60, end=1e-3)
-    assert [p["error"] < 1e-3 for p in fine] == [False]*(len(fine) - 1) + [True]
-    assert len(curve(m, x, y, 1., ref, cap=1e-9)) == 1
+    one = problem(24, 1.)
+    fine = measure_curve(METHODS[0], one, cap=60, end=1e-3)
+    assert [error < 1e-3 for error in fine.errors] == [False]*(len(fine.errors) - 1) + [True]
+    assert len(measure_curve(METHODS[0], one, cap=1e-9).errors) == 1
+    assert len(measure_curve(METHODS[0], one, cap=60, best=1e-9).errors) == 1
 
 
-def scripted(results, knobs=(1, 2, 3)):
-    "A method whose velocity at each knob is given; an exception is raised."
-    def make(x, y, blur, iters):
-        def solve(knob):
-            if isinstance(results[knob], Exception): raise results[knob]
-            return torch.full_like(x, results[knob])
-        return solve
-    return speed._Method("POT", "scripted", make, knobs)
-
-
-def test_what_is_not_finite_or_raises_has_no_time():
+@pytest.mark.parametrize("bad, failure", (
+    (math.nan, "not finite"), (math.inf, "not finite"), (ValueError("thin"), "ValueError: thin")))
+def test_a_failed_setting_has_no_time(bad, failure):
     x = torch.ones(1, 4, 2)
-    for bad, words in ((math.nan, "not finite"), (math.inf, "not finite"), (ValueError("too thin"), "ValueError: too thin")):
-        points = curve(scripted({1: 1.5, 2: bad, 3: 1.}), x, x, 1., x, cap=1)
-        assert len(points) == 2 and points[0]["error"] == .5
-        assert points[1]["failed"] == words and "seconds" not in points[1] and "error" not in points[1]
-        assert time_at(points, 1e-3) is None and speed._summary(points, 1e-3)["seconds"] == {"POT": None}
+    method = scripted({1: 1.5, 2: bad, 3: 1.})
+    curve = measure_curve(method, Problem(x, x, 1., x), cap=1)
+    assert curve.errors == [.5]
+    assert len(curve.seconds) == len(curve.knobs) == 1
+    assert curve.failed == failure
+    assert summarise([curve], 1e-3)["seconds"] == {"POT": None}
 
 
-def test_summary_is_conservative_in_the_peers_favour():
-    points = [dict(point(e, t), library=lib) for lib in ("nsgf_nb", "POT") for e, t in ((1e-2, 1.), (1e-4, 4.))]
-    s = speed._summary(points, 1e-3)
-    assert s["seconds"]["nsgf_nb"] == 4. and math.isclose(s["seconds"]["POT"], 2.)
-    assert s["fastest_peer"] == "POT" and math.isclose(s["ratio"], .5)
-    assert speed._summary(points[:2], 1e-3)["ratio"] is None
-
-
-def test_a_large_problem_leaves_out_what_does_not_fit(monkeypatch):
-    x, y = clouds(64, 2)
-    slow = scripted({1: 1.})
-    assert speed._why_not(slow, x, y, 1., cap=60) is None
-    monkeypatch.setattr(speed, "_available", lambda device: 1000)
-    assert re.fullmatch("needs about .* GiB", speed._why_not(slow, x, y, 1., cap=60))
-    monkeypatch.undo()
-    monkeypatch.setattr(speed, "_clock", lambda call, *args, **kw: (2., 1, call()))
-    assert speed._why_not(slow, x, y, 1., cap=60) == "would take about 128 s at its coarsest setting"
-    assert "too thin" in speed._why_not(scripted({1: ValueError("too thin")}), x, y, 1., cap=60)
-    assert speed._available("cpu") > 2**20
+def test_a_large_problem_skips_what_does_not_fit():
+    large = problem(64, 1.)
+    method = scripted({1: 1.})
+    assert reason_to_skip(method, large, cap=1e9) is None
+    assert re.search("GiB", reason_to_skip(replace(method, matrices=10**9), large, cap=60))
+    assert re.search("would take", reason_to_skip(method, large, cap=1e-6))
+    assert re.search("thin", reason_to_skip(scripted({1: ValueError("thin")}), large, cap=60))
 
 
 # ---- growth
 
 def test_growth_of_memory_is_that_of_the_matrices():
-    small, large = growth(64, 2, 1), growth(1024, 2, 1)
-    assert small["n"] == 64 and small["seconds"] > 0
-    assert 2**20 < large["bytes"] < 2**30 and small["bytes"] < large["bytes"]
+    size = growth(2048, 2, 1)
+    assert (size["n"], size["d"], size["batch"]) == (2048, 2, 1)
+    assert size["seconds"] > 0
+    matrix = 4*2048**2
+    assert matrix <= size["bytes"] < 10*matrix
 
 
-def test_growth_says_why_it_failed():
+def test_growth_reports_a_failure():
     assert "Error" in growth(0, 2, 1)["failed"]
 
 
-# ---- the whole
+# ---- which libraries take part
+
+def hide(monkeypatch, *libraries):
+    "As if these were not installed."
+    for library in libraries:
+        monkeypatch.setitem(sys.modules, PEERS[library][0], None)
+
+
+@pytest.mark.parametrize("library", PEERS)
+def test_an_absent_library_is_named(monkeypatch, library):
+    hide(monkeypatch, library)
+    installed, absent = peers()
+    assert library not in installed
+    assert "not installed" in absent[library] and "nsgf_nb[bench]" in absent[library]
+    assert set(installed) | set(absent) == set(PEERS)
+
+
+def test_a_jax_without_a_gpu_does_not_take_part_there(monkeypatch):
+    jax = SimpleNamespace(default_backend=lambda: "cpu")
+    monkeypatch.setitem(sys.modules, "jax", jax)
+    monkeypatch.setitem(sys.modules, PEERS["OTT-JAX"][0], SimpleNamespace())
+    monkeypatch.setattr(speed_curves, "version", lambda package: "1.2.3")
+    assert peers("cpu")[0]["OTT-JAX"] == "1.2.3"
+    installed, absent = peers("cuda")
+    assert "OTT-JAX" not in installed and "1.2.3" in absent["OTT-JAX"]
+    jax.default_backend = lambda: "gpu"
+    assert "OTT-JAX" in peers("cuda")[0]
+
+
+def test_bench_without_peers(monkeypatch, capsys, tmp_path):
+    hide(monkeypatch, *PEERS)
+    path = tmp_path/"a"/"b.json"
+    patient = Limits(cap=60., budget=60.)
+    tiny = replace(QUICK, singles=((24, 2, 1.),), pools=((16, 2, 1.),), large=((64, 2, 1.),),
+                   single_limits=patient, pool_limits=patient, large_limits=patient,
+                   growth_points=())
+    result = bench(tiny, path)
+    out = capsys.readouterr().out
+    assert all(f"{library} is left out" in out for library in PEERS)
+    assert set(result["absent"]) == set(PEERS)
+    assert set(result["versions"]) == {"torch"}
+    assert json.loads(path.read_text()) == json.loads(json.dumps(result))
+    for workload in result["workloads"]:
+        assert {curve["library"].split(",")[0] for curve in workload["curves"]} == {"nsgf_nb"}
+        assert workload["summary"]["best_error"]["nsgf_nb"] < tiny.target
+        assert workload["summary"]["fastest_peer"] is workload["summary"]["ratio"] is None
+
+
+# ---- the command
+
+def run_command(*words):
+    parser = argparse.ArgumentParser()
+    register(parser.add_subparsers(required=True))
+    args = parser.parse_args(["sinkhorn", *map(str, words)])
+    return args.call(args)
+
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    folder, start = tmp_path_factory.mktemp("speed"), time.perf_counter()
-    code = main(["bench", "sinkhorn", "--quick", "--device", "cpu", "--out", str(folder)])
-    return code, json.loads((folder/"sinkhorn.json").read_text()), time.perf_counter() - start, sorted(p.name for p in folder.iterdir())
+    folder = tmp_path_factory.mktemp("speed")
+    run_command("--quick", "--device", "cpu", "--out", folder)
+    assert [path.name for path in folder.iterdir()] == ["sinkhorn.json"]
+    return json.loads((folder/"sinkhorn.json").read_text())
 
 
 def test_quick_command(quick):
-    code, r, seconds, files = quick
-    assert code == 0 and files == ["sinkhorn.json"]
-    assert {"config", "device", "threads", "cores", "versions", "left_out", "made_with", "workloads", "growth", "seconds"} <= set(r)
-    assert r["device"] == "cpu" and r["threads"] == torch.get_num_threads() and r["versions"]["torch"] == torch.__version__
-    assert "commit" in r["made_with"] and set(r["versions"]) | set(r["left_out"]) == {"torch", *PEERS}
-    assert {w["group"] for w in r["workloads"]} == {"single", "pool", "large"}
-    assert 0 < r["seconds"] <= seconds
+    assert quick["device"] == "cpu"
+    assert quick["threads"] == torch.get_num_threads()
+    assert quick["versions"]["torch"] == torch.__version__
+    assert "commit" in quick["provenance"]
+    assert set(quick["versions"]) | set(quick["absent"]) == {"torch", *PEERS}
+    assert quick["seconds"] > 0
+    assert [workload["group"] for workload in quick["workloads"]] == [
+        group for group, *_ in QUICK.sizes()]
+    for size in quick["growth"]:
+        assert set(size) == {"n", "d", "batch", "seconds", "bytes"}
+        assert size["bytes"] < 2**25
 
 
 def test_quick_workloads(quick):
-    r = quick[1]
-    for w in r["workloads"]:
-        assert {"group", "name", "n", "d", "blur", "minibatches", "solved_by_peers", "points", "left_out", "summary", "warnings"} <= set(w)
-        for p in w["points"]:
-            assert {"library", "method", "dtype", "chunk"} <= set(p)
-            assert "failed" in p or (p["seconds"] > 0 and 0 <= p["error"] < math.inf and p["runs"] >= 1)
-        s = w["summary"]
-        assert set(s["seconds"]) == set(s["best_error"]) == {p["library"] for p in w["points"]} and s["seconds"]["nsgf_nb"]
-        named = {p["library"] for p in w["points"]} | {o["method"].split()[0] for o in w["left_out"]} | set(r["left_out"])
-        assert named >= {"nsgf_nb", *PEERS}
-        ours = [p["error"] for p in w["points"] if p["library"] == "nsgf_nb"]
-        assert min(ours) < 1e-3
-    pool = [w for w in r["workloads"] if w["group"] == "pool"][0]
-    assert pool["minibatches"] == 2 and pool["solved_by_peers"] == 1 and {"nsgf_nb", "nsgf_nb, cold starts"} <= set(pool["summary"]["seconds"])
-    assert all(len(p["error_by_step"]) == r["config"]["steps"] for p in pool["points"] if p["method"] == "particle_flow")
-    assert [set(p) for p in r["growth"]] == [{"n", "d", "batch", "seconds", "bytes"}]*len(r["growth"])
+    for workload in quick["workloads"]:
+        curves = [Curve(**curve) for curve in workload["curves"]]
+        libraries = {curve.library for curve in curves}
+        for curve in curves:
+            assert len(curve.knobs) == len(curve.seconds) == len(curve.errors)
+            assert curve.failed or curve.errors
+            assert all(0 <= error < math.inf for error in curve.errors)
+        summary = workload["summary"]
+        assert set(summary["seconds"]) == set(summary["best_error"]) == libraries
+        assert summary["best_error"]["nsgf_nb"] is not None
+        skipped = {label.split()[0] for label in workload["skipped"]}
+        assert libraries | skipped | set(quick["absent"]) >= {"nsgf_nb", *PEERS}
+        assert (workload["products"] is None) == (workload["d"] < 64)
 
 
-@pytest.mark.parametrize("missing", [(p,) for p in PEERS] + [PEERS], ids=" ".join)
-def test_a_missing_peer_is_named(monkeypatch, capsys, tmp_path, missing):
-    without(monkeypatch, *PEERS if len(missing) == 3 else missing)
-    for library in set(PEERS) - {"POT", *missing}: without(monkeypatch, library)      # one is enough, and they are slow to compile
-    r = bench(TINY, tmp_path/"a"/"b.json")
-    out = capsys.readouterr().out
-    for library in missing:
-        assert f"{library} is left out: not installed" in out and "pip install nsgf_nb[bench]" in r["left_out"][library]
-        assert library not in r["versions"] and all(p["library"] != library for w in r["workloads"] for p in w["points"])
-    assert json.loads((tmp_path/"a"/"b.json").read_text()) == json.loads(json.dumps(r))
-    if len(missing) == 3: assert all(w["summary"]["fastest_peer"] is w["summary"]["ratio"] is None for w in r["workloads"])
+def test_quick_pool(quick):
+    pool, = (workload for workload in quick["workloads"] if workload["group"] == "pool")
+    assert pool["minibatches"] == 2
+    assert pool["solved_by_peers"] == 1
+    assert {"nsgf_nb", "nsgf_nb, cold starts"} <= set(pool["summary"]["seconds"])
+    flow, = (curve for curve in pool["curves"] if curve["method"] == "particle_flow")
+    assert len(flow["errors_by_step"]) == len(flow["errors"])
+    assert all(len(errors) == QUICK.steps for errors in flow["errors_by_step"])
 
 
-def test_a_peer_without_a_gpu_is_left_out_there():
-    here, absent = peers("cuda")
-    if "OTT-JAX" in peers()[1]: pytest.skip("OTT-JAX is not installed")
-    import jax
-    assert ("OTT-JAX" in here) == (jax.default_backend() == "gpu")
-    assert "OTT-JAX" in here or "no GPU" in absent["OTT-JAX"]
-
-
-def test_command_line_refuses(capsys, tmp_path):
-    for words in (("bench",), ("bench", "training"), ("bench", "sinkhorn", "--fast")):
-        with pytest.raises(SystemExit) as e: main(list(words))
-        assert e.value.code == 2
-    (tmp_path/"file").touch()
-    capsys.readouterr()
-    assert main(["bench", "sinkhorn", "--quick", "--out", str(tmp_path/"file")]) == 1
-    assert capsys.readouterr().err == f"nsgf: cannot write to the folder {tmp_path/'file'}: File exists\n"
-    assert main(["bench", "sinkhorn", "--device", "cuda:99", "--out", str(tmp_path/"other")]) == 1
+def test_command_refuses_a_folder_or_device_that_cannot_be_used(tmp_path):
+    file = tmp_path/"file"
+    file.touch()
+    with pytest.raises(OSError, match=re.escape(str(file))):
+        run_command("--quick", "--device", "cpu", "--out", file)
+    with pytest.raises(ValueError, match="cuda:99"):
+        run_command("--device", "cuda:99", "--out", tmp_path/"other")
     assert not (tmp_path/"other").exists()
-
-
-def test_help_names_the_command(capsys):
-    with pytest.raises(SystemExit): main(["--help"])
-    assert re.search(r"\bbench +[a-z]", capsys.readouterr().out)

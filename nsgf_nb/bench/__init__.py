@@ -1,0 +1,1 @@
+"""The protocol, the comparisons and the benchmarks behind the `nsgf` command."""

@@ -1,0 +1,102 @@
+"""Training small classifiers: what they learn, seeds, resuming, bad labels."""
+import pytest
+import torch
+
+from nsgf_nb.bench.classifiers import (
+    CLASSIFIERS,
+    make_classifier,
+    shift_images,
+    train_classifier,
+)
+from nsgf_nb.image_metrics import Classifier
+from nsgf_nb.runs.checkpoints import LongRun, Terminated
+from nsgf_nb.training import Loop
+
+
+def stripes(n, seed=0):
+    "Images of two classes: bright rows above, or below."
+    g = torch.Generator().manual_seed(seed)
+    x = .2*torch.rand(n, 1, 8, 8, generator=g) - .9
+    labels = torch.randint(2, (n,), generator=g)
+    for label, rows in ((0, slice(0, 3)), (1, slice(5, 8))):
+        x[labels == label, :, rows] += 1.5
+    return x, labels
+
+
+SMALL = dict(width=4, epochs=3, batch_size=20, shift=1, progress=False)
+
+
+def weights(net):
+    return torch.cat([w.flatten().float() for w in net.state_dict().values()])
+
+
+def test_it_learns_and_follows_the_seed():
+    x, labels = stripes(300)
+    net = train_classifier(x, labels, **SMALL)
+    test, expected = stripes(200, seed=1)
+    assert (net(test).argmax(1) == expected).float().mean() > .95
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+    assert torch.equal(weights(net), weights(train_classifier(x, labels, **SMALL)))
+    assert not torch.equal(weights(net), weights(train_classifier(x, labels, **SMALL, seed=1)))
+
+
+def test_shifts_move_whole_images_by_at_most_so_much():
+    x = torch.full((500, 1, 8, 8), -1.)
+    x[:, :, 4, 4] = 1
+    moved = shift_images(x, 2, torch.Generator().manual_seed(0))
+    assert moved.shape == x.shape and (moved == 1).sum() == 500
+    places = {tuple(place[2:]) for place in (moved == 1).nonzero().tolist()}
+    assert places == {(i, j) for i in range(2, 7) for j in range(2, 7)}
+    assert torch.equal(shift_images(x, 0, torch.Generator()), x)
+
+
+def test_a_stopped_training_resumes_to_the_same_bits(tmp_path):
+    class Stopped(LongRun):
+        def step(self, trainer, signals):
+            if trainer.step == 7:
+                signals.append(Terminated)
+            return super().step(trainer, signals)
+    x, labels = stripes(100)
+    whole = train_classifier(x, labels, **SMALL)
+    with pytest.raises(Terminated, match="8 of 15"):
+        train_classifier(x, labels, **SMALL, loop=Stopped(tmp_path/"c"))
+    again = train_classifier(x, labels, **SMALL, loop=LongRun(tmp_path/"c"))
+    assert torch.equal(weights(again), weights(whole))
+    with pytest.raises(ValueError, match="shift"):
+        train_classifier(x, labels, **{**SMALL, "shift": 0}, loop=LongRun(tmp_path/"c"))
+
+
+BAD_LABELS = (torch.zeros(20), torch.zeros(19).long(), -torch.ones(20).long(),
+              torch.zeros(20, 1).long())
+
+
+@pytest.mark.parametrize("labels", BAD_LABELS, ids=lambda t: f"{tuple(t.shape)} {t.dtype}")
+def test_labels_that_do_not_fit(labels):
+    with pytest.raises(ValueError, match="^labels.*20"):
+        train_classifier(stripes(20)[0], labels, progress=False)
+
+
+def test_images_out_of_range():
+    x, labels = stripes(20)
+    with pytest.raises(ValueError, match=r"\[-1, 1\]"):
+        train_classifier(3*x, labels, progress=False)
+
+
+def test_a_named_classifier_knows_how_it_was_made(tmp_path, monkeypatch):
+    monkeypatch.setitem(CLASSIFIERS, "digits", dict(width=4, epochs=10, batch_size=50))
+    net = make_classifier("digits", stripes(300), stripes(700, seed=1), seed=3, progress=False)
+    assert net.about["training_images"] == 300 and net.about["test_images"] == 700
+    assert net.about["test_accuracy"] > .8 and "--seeds 3" in net.about["command"]
+    net.save(tmp_path/"c.safetensors")
+    assert Classifier.load(tmp_path/"c.safetensors").about == net.about
+    with pytest.raises(ValueError, match="name.*digits.*moons"):
+        make_classifier("moons", stripes(10), stripes(10))
+
+
+def test_an_interrupted_training_is_raised():
+    class Interrupted(Loop):
+        def __call__(self, trainer, progress=True, desc="training"):
+            trainer.batches = iter(())
+            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        train_classifier(*stripes(50), **SMALL, loop=Interrupted())
