@@ -82,7 +82,7 @@ class Model:
         "Learn from `source` to `data`. After Ctrl-C the model keeps what it has learned."
         loop = Loop() if loop is None else loop
         config = self.config
-        with seeded(config.seed):
+        with seeded(config.seed), loop:
             sampler = PairSampler(data, source, config, self.device)
             self.seconds = {}
             steps_remain = loop.steps_done() < config.train_steps

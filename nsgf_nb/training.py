@@ -422,6 +422,12 @@ def check_loss(
 class Loop:
     "Run a trainer to its last step."
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        "Release what the loop holds, such as the lock of a checkpoint."
+
     def steps_done(self) -> int:
         "Steps that an earlier run has behind it; a loop with checkpoints overrides this."
         return 0

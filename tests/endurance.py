@@ -82,16 +82,18 @@ def idle(folder):
     "The work of a process that only shows that processes can be started."
 
 
-@contextmanager
-def workplace(folder=None):
-    "A temporary folder, and in it `whole`, where a victim has run undisturbed."
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        temporary = Path(temporary)
-        process = start(temporary/"whole")
+def undisturbed(folder):
+    "The run that others must agree with, made in `folder` once; its folder and seconds."
+    whole = folder/"whole"
+    if not whole.exists():
+        start(folder, job=idle).join()  # the first process takes longer
+        begin = time.perf_counter()
+        process = start(whole)
         process.join()
         if process.exitcode:
             raise RuntimeError(f"the undisturbed run failed, exit code {process.exitcode}")
-        yield temporary
+        write_json(whole/"seconds.json", dict(seconds=time.perf_counter() - begin))
+    return whole, read_json(whole/"seconds.json")["seconds"]
 
 
 def phase_of(folder):
@@ -132,9 +134,9 @@ def wait_for(path, process, seconds=.002):
 
 def stops(
     count,  # of each phase
+    folder,  # where to work
     number=signal.SIGKILL,  # the signal
     seed=0,  # of the moments
-    folder=None,  # where to work; None: a temporary folder
     progress=True,  # show a bar?
 ):  # a dict for each stop: what, at, survived, identical
     "Stop runs at random moments of both phases, and resume each."
@@ -142,24 +144,20 @@ def stops(
     name = signal.Signals(number).name
     missing = dict(pool=count, training=count)
     rows = []
-    start(folder, job=idle).join()  # the first process takes longer
-    begin = time.perf_counter()
-    with workplace(folder) as temporary:
-        seconds = time.perf_counter() - begin
-        bar = tqdm(total=2*count, desc=name, disable=not progress)
-        for k in range(20*count):
-            run = temporary/str(k)
+    whole, seconds = undisturbed(folder)
+    with tqdm(total=2*count, desc=name, disable=not progress) as bar:
+        for _ in range(20*count):
+            run = folder/"run"
             process = start(run)
             time.sleep(rng.uniform(0, 1.2*seconds if missing["training"] else .5*seconds))
             phase = stop(process, number, run)
             if missing.get(phase, 0):
-                rows.append(dict(what=name, at=phase, **resume(run, temporary/"whole")))
+                rows.append(dict(what=name, at=phase, **resume(run, whole)))
                 missing[phase] -= 1
                 bar.update()
             shutil.rmtree(run, ignore_errors=True)
             if not any(missing.values()):
                 break
-        bar.close()
     return rows
 
 
@@ -206,34 +204,34 @@ def content_of(path):
 
 def damages(
     count,  # files to damage
+    folder,  # where to work
     seed=0,  # of which, where and how
-    folder=None,  # where to work; None: a temporary folder
     progress=True,  # show a bar?
 ):  # a dict for each file: what, at, detected, survived, identical
     "Damage single files of a stopped run, and resume it."
     rng = random.Random(seed)
     rows = []
-    with workplace(folder) as temporary:
-        stop_halfway(temporary/"half")
-        for k in tqdm(range(count), desc="damage", disable=not progress):
-            run = Path(shutil.copytree(temporary/"half", temporary/str(k)))
-            pool = run/"pool"
-            shards = [pool/f"shard-{i:05d}.safetensors" for i in rng.sample(range(SHARDS), 2)]
-            path = rng.choice([run/"checkpoint", pool/"manifest.json", *shards])
-            kinds = ["bit", "bit", "cut", "empty", "lost"]
-            if path.name != "checkpoint":  # a foreign checkpoint is an error, and stays one
-                kinds.append("foreign")
-            kind = rng.choice(kinds)
-            before = content_of(path)
-            if kind == "foreign":  # a whole file, of another kind
-                shutil.copy(temporary/"whole"/"model.safetensors", path)
-            else:
-                damage(path, kind, rng)
-            detected = content_of(path) != before  # a flipped bit can fall on white space
-            place = path.name.split("-")[0].split(".")[0]
-            result = resume(run, temporary/"whole")
-            rows.append(dict(what=kind, at=place, detected=detected, **result))
-            shutil.rmtree(run)
+    whole, _ = undisturbed(folder)
+    stop_halfway(folder/"half")
+    for _ in tqdm(range(count), desc="damage", disable=not progress):
+        run = Path(shutil.copytree(folder/"half", folder/"run"))
+        pool = run/"pool"
+        shards = [pool/f"shard-{i:05d}.safetensors" for i in rng.sample(range(SHARDS), 2)]
+        path = rng.choice([run/"checkpoint", pool/"manifest.json", *shards])
+        kinds = ["bit", "bit", "cut", "empty", "lost"]
+        if path.name != "checkpoint":  # a foreign checkpoint is an error, and stays one
+            kinds.append("foreign")
+        kind = rng.choice(kinds)
+        before = content_of(path)
+        if kind == "foreign":  # a whole file, of another kind
+            shutil.copy(whole/"model.safetensors", path)
+        else:
+            damage(path, kind, rng)
+        detected = content_of(path) != before  # a flipped bit can fall on white space
+        place = path.name.split("-")[0].split(".")[0]
+        rows.append(dict(what=kind, at=place, detected=detected, **resume(run, whole)))
+        shutil.rmtree(run)
+    shutil.rmtree(folder/"half")
     return rows
 
 
@@ -272,14 +270,15 @@ def fill_disk(path):
 
 
 def full_disk(
-    folder=None,  # where to work; None: a temporary folder
+    folder,  # where to work
 ):  # two dicts: what, at, detected, survived, identical; none if no tmpfs can be mounted
     "A disk that is too small from the beginning, and one that fills up during the training."
-    with workplace(folder) as temporary, small_disk(temporary/"disk", 4500) as mounted:
+    whole, _ = undisturbed(folder)
+    with small_disk(folder/"disk", 4500) as mounted:
         if not mounted:
             return []
-        run = temporary/"disk"/"run"
-        ballast = temporary/"disk"/"ballast"
+        run = folder/"disk"/"run"
+        ballast = folder/"disk"/"ballast"
         ballast.write_bytes(bytes(3*2**20))
         noticed_before = "left" in error_of_fit(run)
         ballast.unlink()
@@ -289,25 +288,26 @@ def full_disk(
         process.join()
         noticed_later = process.exitcode != 0  # the model could not be saved
         ballast.unlink()
-        result = resume(run, temporary/"whole")
+        result = resume(run, whole)
         return [dict(what="full", at="beginning", detected=noticed_before, **result),
                 dict(what="full", at="training", detected=noticed_later, **result)]
 
 
 def two_at_once(
-    folder=None,  # where to work; None: a temporary folder
+    folder,  # where to work
 ):  # one dict: what, at, detected, survived, identical
     "A second process in the same folder."
-    with workplace(folder) as temporary:
-        run = temporary/"run"
-        process = start(run)
-        wait_for(run/"checkpoint", process)
-        message = error_of_fit(run)
-        process.join()
-        survived = process.exitcode == 0
-        identical = survived and same_model(run, temporary/"whole")
-        return [dict(what="second process", at="training", survived=survived, identical=identical,
-                     detected="in use by another process" in message)]
+    whole, _ = undisturbed(folder)
+    run = folder/"run"
+    process = start(run)
+    wait_for(run/"checkpoint", process)
+    message = error_of_fit(run)
+    process.join()
+    survived = process.exitcode == 0
+    identical = survived and same_model(run, whole)
+    shutil.rmtree(run)
+    return [dict(what="second process", at="training", survived=survived, identical=identical,
+                 detected="in use by another process" in message)]
 
 
 # ---- files from strangers
@@ -471,21 +471,20 @@ def read_fuzzed(folder, base, count, seed):
 
 def fuzz(
     count,  # files
+    folder,  # where to work
     seed=0,  # of what is in them
-    folder=None,  # where to work; None: a temporary folder
 ):  # a dict for each file: what, at, outcome, said
     "Read files from strangers in a process with little memory and time."
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        base = Path(temporary)/"base"
-        brief = NSGF(**VICTIM | dict(train_steps=1))
-        brief.fit(sample_2d("moons", 3000, 0), progress=False, pool=DiskPool(base/"pool"))
-        brief.save(base/"model.safetensors")
-        short_run(base/"checkpoint")
-        process = start(Path(temporary), base, count, seed, job=read_fuzzed)
-        process.join(60 + count)
-        if process.exitcode is None:
-            process.kill()
-        rows = read_json(Path(temporary)/"rows.json")["rows"]
+    base = folder/"base"
+    brief = NSGF(**VICTIM | dict(train_steps=1))
+    brief.fit(sample_2d("moons", 3000, 0), progress=False, pool=DiskPool(base/"pool"))
+    brief.save(base/"model.safetensors")
+    short_run(base/"checkpoint")
+    process = start(folder, base, count, seed, job=read_fuzzed)
+    process.join(60 + count)
+    if process.exitcode is None:
+        process.kill()
+    rows = read_json(folder/"rows.json")["rows"]
     if len(rows) < count:
         message = f"exit code {process.exitcode}"
         rows.append(dict(what="fuzz", at="process", outcome="crash", said=message))
@@ -564,42 +563,41 @@ def train_from_large_pool(folder, gb):
 
 
 def overheads(
+    folder,  # where to work
     steps=400,  # of each training that is timed
     gb=20.,  # size of the pool that is larger than memory
-    folder=None,  # where to work; None: a temporary folder
 ):  # "checkpoint", "disk", "large": dicts
     "What checkpoints and pools on disk cost, in time and in memory."
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        path = Path(temporary)/"checkpoint"
-        mlp = checkpoint_cost(path, MLP((2,)), torch.zeros(8, 2))
-        unet = checkpoint_cost(path, UNet((1, 28, 28), 32), torch.zeros(2, 1, 28, 28))
-        disk = disk_cost(Path(temporary)/"pool", steps)
-        start(Path(temporary), gb, job=train_from_large_pool).join()
-        large = read_json(Path(temporary)/"large.json")
+    path = folder/"checkpoint"
+    mlp = checkpoint_cost(path, MLP((2,)), torch.zeros(8, 2))
+    unet = checkpoint_cost(path, UNet((1, 28, 28), 32), torch.zeros(2, 1, 28, 28))
+    disk = disk_cost(folder/"pool", steps)
+    start(folder, gb, job=train_from_large_pool).join()
+    large = read_json(folder/"large.json")
     return dict(checkpoint={"MLP of the plane": mlp, "UNet of MNIST": unet}, disk=disk, large=large)
 
 
 # ---- all of it
 
-def do_stops(quick, folder, progress):
-    kills = stops(2 if quick else 50, signal.SIGKILL, 0, folder, progress)
-    return kills + stops(1 if quick else 10, signal.SIGTERM, 1, folder, progress)
+def do_stops(folder, quick, progress):
+    kills = stops(2 if quick else 50, folder, signal.SIGKILL, 0, progress)
+    return kills + stops(1 if quick else 10, folder, signal.SIGTERM, 1, progress)
 
 
-def do_damages(quick, folder, progress):
-    return damages(6 if quick else 100, 0, folder, progress)
+def do_damages(folder, quick, progress):
+    return damages(6 if quick else 100, folder, 0, progress)
 
 
-def do_disk(quick, folder, progress):
+def do_disk(folder, quick, progress):
     return full_disk(folder) + two_at_once(folder)
 
 
-def do_fuzz(quick, folder, progress):
-    return fuzz(60 if quick else 500, 0, folder)
+def do_fuzz(folder, quick, progress):
+    return fuzz(60 if quick else 500, folder)
 
 
-def do_overheads(quick, folder, progress):
-    return overheads(50, .15, folder) if quick else overheads(folder=folder)
+def do_overheads(folder, quick, progress):
+    return overheads(folder, 50, .15) if quick else overheads(folder)
 
 
 PARTS = dict(stops=do_stops, damages=do_damages, disk=do_disk, fuzz=do_fuzz,
@@ -619,7 +617,7 @@ def endure(
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         for name in parts:
             command = f"nsgf bench endurance --parts {name}{' --quick' if quick else ''}"
-            rows = PARTS[name](quick, folder, progress)
+            rows = PARTS[name](Path(folder), quick, progress)
             result[name] = dict(command=command, made_with=provenance("cpu"), found=rows)
             write_json(path, result)
     if progress:

@@ -490,3 +490,16 @@ def test_the_settings_in_a_checkpoint_are_json(tmp_path):
     about = load_tensors(tmp_path/"c")[1]
     assert about["settings"] == dict(sizes=[1, 2], name="ä", steps=20)
     assert json.dumps(about)
+
+
+def test_a_fit_that_fails_before_its_first_step_releases_the_lock(tmp_path):
+    loop = LongRun(tmp_path/"c")
+    model = FlowMatching(train_steps=5, batch_size=8, width=8, depth=1, device="cpu")
+
+    def broken(sampler, progress, **options):
+        raise ValueError("no batches")
+    model.make_batches = broken
+    with pytest.raises(ValueError, match="no batches"):
+        model.fit(sample_2d("moons", 100, 0), progress=False, loop=loop)
+    with file_lock(tmp_path/"c"):  # another could take it now
+        pass

@@ -9,7 +9,7 @@ import torch
 
 from nsgf_nb.data import PairSampler
 from nsgf_nb.files import read_json, write_json
-from nsgf_nb.flow import FlowSettings, PoolRecipe
+from nsgf_nb.flow import FlowSettings, PoolRecipe, TrajectoryPool
 from nsgf_nb.nsgf import NSGF
 from nsgf_nb.runs.checkpoints import LongRun
 from nsgf_nb.runs.disk_pool import DiskPool, Position, seal
@@ -260,6 +260,7 @@ def test_bad_arguments(tmp_path, arguments, words):
     (dict(settings=[]), "must be objects"),
     (dict(settings=dict(shape=[2], steps=5, paths=512, dtype=["float32"])), "dtype is"),
     (dict(settings=dict(shape=[2], steps=5, paths=512, dtype="float32")), "seed must be"),
+    (dict(settings=dict(shape=[2], steps=5, paths=512, dtype="float32", seed=2**80)), "seed must"),
     (dict(shards={"0": "0"*64}), "is not the shard that the manifest lists"),
 ), ids=str)
 def test_manifests_of_strangers(pool, change, words):
@@ -301,15 +302,15 @@ def fit(folder, data, **settings):
 
 def test_a_model_learns_the_same_whoever_made_the_pool(tmp_path):
     data = sample_2d("moons", 2000, 0)
-    first = fit(tmp_path/"a", data)
-    fit(tmp_path/"b", data)
+    first = fit(tmp_path, data)
     for i in (0, 2):
-        (tmp_path/"b"/f"shard-{i:05d}.safetensors").unlink()
-    second = fit(tmp_path/"b", data)
+        (tmp_path/f"shard-{i:05d}.safetensors").unlink()
+    second = fit(tmp_path, data)
     for u, v in zip(first.net.state_dict().values(), second.net.state_dict().values()):
         assert torch.equal(u, v)
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_a_pool_in_memory(tmp_path):
     data = sample_2d("moons", 2000, 0)
     memory = NSGF(**MODEL | dict(train_steps=400)).fit(data, progress=False)
@@ -350,6 +351,21 @@ def test_a_checkpoint_holds_the_position(tmp_path):
         train(tmp_path/"half", stop_at=13)
     resumed = train(tmp_path/"half")
     assert torch.equal(resumed.losses, whole.losses)
+
+
+def test_a_run_is_not_resumed_with_another_kind_of_pool(tmp_path):
+    class Stopped(LongRun):
+        def step(self, trainer, signals):
+            super().step(trainer, signals)
+            return trainer.step == 20
+
+    data = sample_2d("moons", 2000, 0)
+    memory, disk = TrajectoryPool(), DiskPool(tmp_path/"pool")
+    for pool, other in ((memory, disk), (disk, memory)):
+        path = tmp_path/type(pool).__name__
+        NSGF(**MODEL).fit(data, progress=False, loop=Stopped(path), pool=pool)
+        with pytest.raises(ValueError, match=f"{path} does not hold a whole run: .*[1]"):
+            NSGF(**MODEL).fit(data, progress=False, loop=LongRun(path), pool=other)
 
 
 def test_a_function_with_a_stream_makes_shards_that_depend_on_their_index_alone(tmp_path):

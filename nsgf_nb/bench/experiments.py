@@ -123,6 +123,8 @@ def run(
     trained = time.perf_counter()
     if ranks().main:
         draw_pictures(experiment, model, folder)
+        if progress:
+            print(f"samples: {folder/'snapshots.png'}; measuring …", flush=True)
     target = experiment.target
     protocol = experiment.protocol
     floors = floors or measure_floors(target, protocol)

@@ -225,7 +225,7 @@ def save_sheet(
 def _draw(experiment, model, data, folder, seed):
     "sheet.png: samples; way.png: states at 10 NFE; nearest.png: samples over training images."
     name = experiment.method
-    x = sample_images(model, 64, seed=seed)
+    x = model.sample(64, seed=seed).clamp(-1, 1).cpu()  # by this process alone
     save_sheet(x, folder/"sheet.png", f"{name} on {experiment.data}")
     nearest = data[nearest_image(x[:10], data)[1]]
     save_sheet(torch.cat([x[:10], nearest]), folder/"nearest.png",

@@ -1,0 +1,1 @@
+"""Long runs: checkpoints, pools larger than memory, several devices."""
