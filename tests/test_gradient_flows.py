@@ -14,13 +14,10 @@ from nsgf_nb.bench.gradient_flows import (
     SLOPES,
     Chain,
     EPTConfig,
-    JKOFlow,
-    JKOFlowConfig,
-    Potential,
     SlicedWassersteinFlow,
     SWFConfig,
-    push_forward,
 )
+from nsgf_nb.bench.jko_flow import JKOFlow, JKOFlowConfig, Potential, push_forward
 from nsgf_nb.metrics import sw2
 from nsgf_nb.nsgf import NSGFConfig
 from nsgf_nb.runs.checkpoints import LongRun, Terminated
