@@ -21,6 +21,7 @@ import torch
 import nsgf_nb
 from .bench import ablations, comparison, speed
 from .bench.classifiers import CLASSIFIERS, train_classifiers
+from .bench.comparison import at_least_one
 from .bench.experiments import EXPERIMENTS, GROUPS, register_demo, report, train_plane
 from nsgf_nb.bench.image_experiments import (
     IMAGE_EXPERIMENTS,
@@ -146,22 +147,17 @@ def _evaluate_images(args, model):
     print(report_images(dict(measured=measure_images(experiment, model, data, args.seed))))
 
 # %% ../nbs/50_cli.ipynb #50-009
-def _at_least_one(text):
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
 def _register_sample(commands):
     words = "draw from a trained model into a .npy file, or images onto a sheet"
     parser = commands.add_parser("sample", help=words, description=words)
-    parser.add_argument("-n", type=_at_least_one, default=1024,
+    parser.add_argument("-n", type=at_least_one, default=1024,
                         help="number of samples (default: 1024)")
     parser.add_argument("-o", "--output", default="samples.npy",
                         help="file to write: .npy, or .png for a sheet of images "
                              "(default: samples.npy)")
-    parser.add_argument("--nfe", type=_at_least_one,
+    parser.add_argument("--nfe", type=at_least_one,
                         help="of images: network calls for each (default: those of the training)")
-    parser.add_argument("--steps", type=_at_least_one,
+    parser.add_argument("--steps", type=at_least_one,
                         help="Euler steps (default: those of the training)")
     _add_model(parser)
     parser.set_defaults(call=_sample)

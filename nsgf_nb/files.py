@@ -13,7 +13,7 @@ import os
 from importlib import resources
 from pathlib import Path
 
-# %% ../nbs/14_files.ipynb #14-006
+# %% ../nbs/14_files.ipynb #14-007
 def write_file(
     path,  # file to write; its folder is made if necessary
     content: bytes,  # all of its content
@@ -42,7 +42,7 @@ def _flush_folder(folder):
     finally:
         os.close(descriptor)
 
-# %% ../nbs/14_files.ipynb #14-007
+# %% ../nbs/14_files.ipynb #14-008
 def write_json(
     path,  # file to write
     content,  # what JSON can express
@@ -67,7 +67,7 @@ def read_json(
         raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}")
     return content
 
-# %% ../nbs/14_files.ipynb #14-010
+# %% ../nbs/14_files.ipynb #14-011
 _FORMAT = "nsgf_nb/3"
 
 def _digest(tensors, about):
@@ -95,7 +95,7 @@ def save_tensors(
     if readable:
         write_json(path.with_name(path.name + ".json"), about)
 
-# %% ../nbs/14_files.ipynb #14-011
+# %% ../nbs/14_files.ipynb #14-012
 def load_tensors(
     path,  # file that `save_tensors` wrote
 ) -> tuple:  # tensors by name, on the CPU, and the description
@@ -124,7 +124,7 @@ def _read_safetensors(path):
     except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
 
-# %% ../nbs/14_files.ipynb #14-014
+# %% ../nbs/14_files.ipynb #14-015
 def pretrained_names() -> list:  # such as "digits"
     "The weights that are installed with the package."
     return sorted(path.stem for path in _weights_folder().glob("*.safetensors"))

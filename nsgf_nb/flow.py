@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from .sinkhorn import check_points, velocity
 from .solver import Workspace, problems_per_slice
 
-# %% ../nbs/05_flow.ipynb #05-006
+# %% ../nbs/05_flow.ipynb #05-007
 _CALLS_PER_STEP = {"euler": 1, "midpoint": 2, "heun": 2}
 
 def _step(v, x, t, dt, method):
@@ -32,7 +32,7 @@ def _step(v, x, t, dt, method):
         return x + h*v(x + h/2*slope, t + dt/2)
     return x + h/2*(slope + v(x + h*slope, t + dt))
 
-# %% ../nbs/05_flow.ipynb #05-008
+# %% ../nbs/05_flow.ipynb #05-009
 def _steps_to_one(t_start, counts, time_power):
     "For each step: the samples that take it, their times and their step widths."
     for k in range(int(counts.max())):
@@ -60,7 +60,7 @@ def _integrate_steps(v, x, steps, method, trajectory):
         states = [*states, x] if trajectory else [x]
     return states
 
-# %% ../nbs/05_flow.ipynb #05-010
+# %% ../nbs/05_flow.ipynb #05-011
 def _integrate_adaptive(v, x, t_start, tol):
     "The first and the last state by dopri5, and the number of calls of v."
     try:
@@ -79,7 +79,7 @@ def _integrate_adaptive(v, x, t_start, tol):
     states = odeint(rescaled, x, ends, rtol=tol, atol=tol, method="dopri5")
     return list(states), calls
 
-# %% ../nbs/05_flow.ipynb #05-011
+# %% ../nbs/05_flow.ipynb #05-012
 def _check_steps(steps):
     if not isinstance(steps, int):
         raise TypeError(f"steps must be an integer, got {steps!r}")
@@ -123,7 +123,7 @@ def _plan_steps(x, start, steps, step_size, time_power, times):
     counts = (exact - 1e-4).ceil().clamp(min=1).long()
     return _steps_to_one(start, counts, 1.), counts
 
-# %% ../nbs/05_flow.ipynb #05-012
+# %% ../nbs/05_flow.ipynb #05-013
 @torch.no_grad()
 def integrate(
     v,  # the field: v(x, t) -> dx/dt, like x
@@ -152,7 +152,7 @@ def integrate(
         nfe = counts*_CALLS_PER_STEP[method]
     return torch.stack(states) if trajectory else states[-1], nfe
 
-# %% ../nbs/05_flow.ipynb #05-019
+# %% ../nbs/05_flow.ipynb #05-020
 def _per_step(name, value, steps, at_most=math.inf):
     "`value` for each step: a number is repeated, a sequence must have the right length."
     values = [float(u) for u in value] if hasattr(value, "__len__") else [float(value)]*steps
@@ -168,7 +168,7 @@ def _euler_steps(eta, steps):
         return [1/(steps - k) for k in range(steps)]
     return _per_step("eta", eta, steps, at_most=1)
 
-# %% ../nbs/05_flow.ipynb #05-021
+# %% ../nbs/05_flow.ipynb #05-022
 def _rms_distance(x, y):
     "Root mean square distance of x (..., N, D) from the mean of y (..., M, D)."
     offset = x - y.mean(-2, keepdim=True)
@@ -196,7 +196,7 @@ def _run_flows(states, y, schedule, self_term, **solver):
         _check_bounded(states[k + 1], y, bound, f"{k} (eta={eta:.3g}, blur={blur:.3g})")
         guess = ((1 - eta)*g, h) if self_term == "same" else None
 
-# %% ../nbs/05_flow.ipynb #05-023
+# %% ../nbs/05_flow.ipynb #05-024
 def _check_flow_self_term(self_term, shape):
     if not isinstance(self_term, str):
         raise ValueError("self_term of a flow must be 'same', 'masked' or 'independent', "
@@ -205,7 +205,7 @@ def _check_flow_self_term(self_term, shape):
         raise ValueError("self_term='independent' needs at least 2 flows (..., B, n, D), "
                          f"got {tuple(shape)}")
 
-# %% ../nbs/05_flow.ipynb #05-024
+# %% ../nbs/05_flow.ipynb #05-025
 @torch.no_grad()
 def particle_flow(
     x: Tensor,  # particles (..., N, D), each leading index a flow of its own
@@ -239,7 +239,7 @@ def particle_flow(
         _run_flows(flows[:, part], targets[part], schedule, self_term, **solver)
     return states
 
-# %% ../nbs/05_flow.ipynb #05-034
+# %% ../nbs/05_flow.ipynb #05-035
 @dataclass(frozen=True)
 class FlowSettings:
     "How minibatch flows run; the arguments are those of `particle_flow`."
@@ -262,7 +262,7 @@ class FlowSettings:
                                self.tol, self_term=self.self_term)
         return states.unflatten(-1, x.shape[2:])
 
-# %% ../nbs/05_flow.ipynb #05-036
+# %% ../nbs/05_flow.ipynb #05-037
 def draw_from_paths(
     states: Tensor,  # paths (steps+1, capacity, *shape)
     filled: int,  # how many of them, from the first, are drawn from
@@ -282,7 +282,7 @@ def draw_from_paths(
     x = states[k, i] + move*w.view(-1, *[1]*(move.ndim - 1))
     return x, (k + w)/K, move*K
 
-# %% ../nbs/05_flow.ipynb #05-038
+# %% ../nbs/05_flow.ipynb #05-039
 @dataclass(frozen=True)
 class PoolRecipe:
     "What a pool is made of; pools of equal recipes are the same."
@@ -311,7 +311,7 @@ class PoolRecipe:
     def capacity(self) -> int:  # pairs in the pool
         return self.calls*self.group*self.minibatch
 
-# %% ../nbs/05_flow.ipynb #05-040
+# %% ../nbs/05_flow.ipynb #05-041
 def _groups(recipe, sampler, calls):
     "Source and target (group, minibatch, *shape), for each call of the solver."
     sizes = (recipe.group, recipe.minibatch)
@@ -332,7 +332,7 @@ def _check_recipe(recipe, built):
     if differences:
         raise ValueError(f"the pool was built by a recipe with {'; '.join(differences)}")
 
-# %% ../nbs/05_flow.ipynb #05-042
+# %% ../nbs/05_flow.ipynb #05-043
 class TrajectoryPool:
     "States visited by many minibatch flows: the training set of velocity matching (Algorithm 1)."
     def __init__(

@@ -21,7 +21,7 @@ from .nsgf import VelocityModel, rows_per_call
 from .sinkhorn import cost, potentials
 from .training import Loop, TrainConfig, setting
 
-# %% ../nbs/09_flow_matching.ipynb #09-006
+# %% ../nbs/09_flow_matching.ipynb #09-007
 def _beside(t, x):
     "t (B,) with as many dimensions as x (B, *shape)."
     return t.view(-1, *[1]*(x.ndim - 1))
@@ -47,7 +47,7 @@ def trigonometric_path(
 
 PATHS = {"straight": straight_path, "trigonometric": trigonometric_path}
 
-# %% ../nbs/09_flow_matching.ipynb #09-009
+# %% ../nbs/09_flow_matching.ipynb #09-010
 def ot_partners(
     x: Tensor,  # source points (N, *shape)
     y: Tensor,  # data points (N, *shape)
@@ -61,7 +61,7 @@ def ot_partners(
     plan = ot.emd([], [], distances.square().cpu().numpy())
     return torch.from_numpy(plan).argmax(1).to(x.device)
 
-# %% ../nbs/09_flow_matching.ipynb #09-012
+# %% ../nbs/09_flow_matching.ipynb #09-013
 def entropic_partners(
     x: Tensor,  # source points (N, *shape)
     y: Tensor,  # data points (M, *shape)
@@ -74,7 +74,7 @@ def entropic_partners(
     rows = ((g - cost(X, Y))/blur**2).softmax(1)
     return torch.multinomial(rows, 1, generator=generator)[:, 0]
 
-# %% ../nbs/09_flow_matching.ipynb #09-015
+# %% ../nbs/09_flow_matching.ipynb #09-016
 def _ends_of(teacher, sampler, ode_steps):
     "n -> (x_0, z_1) in the sampler's unit: fresh source points, and where `teacher` carries them."
     def ends(n):
@@ -86,7 +86,7 @@ def _ends_of(teacher, sampler, ode_steps):
         return x, sampler.standardizer.to_model(teacher.standardizer.to_data(z))
     return ends
 
-# %% ../nbs/09_flow_matching.ipynb #09-017
+# %% ../nbs/09_flow_matching.ipynb #09-018
 @dataclass(frozen=True)
 class FlowMatchingConfig(TrainConfig):
     "Settings of a `FlowMatching` run."
@@ -120,7 +120,7 @@ class PairPool:
         rows = torch.randint(len(self.x), (n,), generator=self.generator, device=self.x.device)
         return self.x[rows], self.y[rows]
 
-# %% ../nbs/09_flow_matching.ipynb #09-018
+# %% ../nbs/09_flow_matching.ipynb #09-019
 class FlowMatching(VelocityModel):
     "Regression on the velocity of chosen paths between coupled pairs (Lipman et al. 2023)."
     Config = FlowMatchingConfig
@@ -190,7 +190,7 @@ def random_times(
     "A random time for each row of x."
     return torch.rand(len(x), dtype=torch.float32, generator=generator, device=x.device)
 
-# %% ../nbs/09_flow_matching.ipynb #09-020
+# %% ../nbs/09_flow_matching.ipynb #09-021
 def reflow(
     data,  # as for `FlowMatching.fit`
     source=None,  # as for `FlowMatching.fit`

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/10_images.ipynb #10-006
+# %% ../nbs/10_images.ipynb #10-007
 def _read_digits(split):
     "Scikit-learn's digits (N, 1, 8, 8) in [-1, 1] and their labels."
     from sklearn.datasets import load_digits
@@ -33,7 +33,7 @@ def _read_digits(split):
     x = pixels[part].float().view(-1, 1, 8, 8)/8 - 1
     return x, labels[part].long()
 
-# %% ../nbs/10_images.ipynb #10-007
+# %% ../nbs/10_images.ipynb #10-008
 def _check_sheet(x, columns):
     is_images = isinstance(x, Tensor) and x.ndim == 4 and x.shape[1] in (1, 3)
     if not is_images or x.numel() == 0:
@@ -56,7 +56,7 @@ def _sheet(x, rows, columns):
     sheet = grid.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
     return sheet[:-gap, :-gap]
 
-# %% ../nbs/10_images.ipynb #10-008
+# %% ../nbs/10_images.ipynb #10-009
 def show_images(
     x: Tensor,  # images (n, C, H, W), floating point; C = 1 in grey, C = 3 in colour
     title: str = "",  # above the sheet
@@ -79,7 +79,7 @@ def show_images(
     ax.set_title(title)
     return ax
 
-# %% ../nbs/10_images.ipynb #10-011
+# %% ../nbs/10_images.ipynb #10-012
 def _parse_idx(file, ndim, most):
     "The uint8 tensor in an open IDX file that holds at most `most` bytes."
     head = file.read(4 + 4*ndim)
@@ -108,7 +108,7 @@ def _read_idx(path, ndim):
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged or incomplete, get it anew: {error}") from error
 
-# %% ../nbs/10_images.ipynb #10-012
+# %% ../nbs/10_images.ipynb #10-013
 def _labels_beside(path):
     "MNIST's file of labels that belongs to a file of images, gzipped or not."
     name = path.name.removesuffix(".gz").replace("images-idx3", "labels-idx1")
@@ -127,7 +127,7 @@ def _read_mnist(path):
         raise ValueError(f"{path} has {len(x)} images, but {beside.name} beside it {len(y)} labels")
     return x[:, None], y.long()
 
-# %% ../nbs/10_images.ipynb #10-014
+# %% ../nbs/10_images.ipynb #10-015
 def _resize(x, size):
     "Images (N, C, H, W) with the shorter side scaled to `size` and the middle cut out."
     height, width = x.shape[-2:]
@@ -160,7 +160,7 @@ def _read_image(path, size):
     x = x[None] if x.ndim == 2 else x.permute(2, 0, 1)
     return _resize(x[None], size)[0]
 
-# %% ../nbs/10_images.ipynb #10-015
+# %% ../nbs/10_images.ipynb #10-016
 _ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 def _image_files(folder, pattern):
@@ -205,7 +205,7 @@ def _read_folder(folder, size=None):
     counts = torch.tensor([len(group) for group in groups.values()])
     return x, torch.arange(len(groups)).repeat_interleave(counts)
 
-# %% ../nbs/10_images.ipynb #10-017
+# %% ../nbs/10_images.ipynb #10-018
 def _read_cifar10_pickles(folder, split):
     "CIFAR-10 from torchvision's layout; `ValueError` if a checksum does not agree."
     from torchvision.datasets import CIFAR10
@@ -229,7 +229,7 @@ def _read_cifar10(folder, split):
                          f"folders, as in CIFAR-10, got shape {tuple(x.shape)}")
     return x, y
 
-# %% ../nbs/10_images.ipynb #10-019
+# %% ../nbs/10_images.ipynb #10-020
 _SET_SIZES = {
     "mnist": {"train": 60_000, "test": 10_000},
     "cifar10": {"train": 50_000, "test": 10_000},
@@ -260,7 +260,7 @@ def _find(name, split, place):
     trees = [place/folder/split for folder in ("cifar10", "", "cifar10_subset")]
     return next(filter(Path.is_dir, [place/"cifar-10-batches-py", *trees]), None)
 
-# %% ../nbs/10_images.ipynb #10-021
+# %% ../nbs/10_images.ipynb #10-022
 def _fetch(name, cache):
     "Download a data set into `cache`, all of it or nothing."
     import torchvision.datasets
@@ -311,7 +311,7 @@ def _locate(name, split, root):
         f"{name}: no {split} images in {where}{failed}; put {_SET_FILES[name]} into a folder, "
         "and name that folder by root= or in the environment variable NSGF_NB_DATA")
 
-# %% ../nbs/10_images.ipynb #10-023
+# %% ../nbs/10_images.ipynb #10-024
 def _check_images(x):
     "A user's tensor of images as float32; `TypeError` or `ValueError` with a remedy."
     remedy = "for bytes in 0..255, pass x.float()/127.5 - 1"
@@ -373,7 +373,7 @@ def _check_arguments(name, split, size):
     if isinstance(name, Tensor) and split == "test":
         raise ValueError("split: a tensor has no 'test' part")
 
-# %% ../nbs/10_images.ipynb #10-024
+# %% ../nbs/10_images.ipynb #10-025
 def load_images(
     name: str | Path | Tensor,  # "digits", "mnist", "cifar10", a folder, or a tensor (N, C, H, W)
     split: str = "train",  # "train" or "test"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .sinkhorn import check_points
 
-# %% ../nbs/08_metrics.ipynb #08-006
+# %% ../nbs/08_metrics.ipynb #08-007
 def _flatten(x, y):
     "Two samples, checked, as (N, D) and (M, D) in float64 on the CPU."
     x = check_points("x", x)
@@ -27,7 +27,7 @@ def _flatten(x, y):
     x, y = (z.detach().flatten(1).cpu().double() for z in (x, y))
     return x, y
 
-# %% ../nbs/08_metrics.ipynb #08-007
+# %% ../nbs/08_metrics.ipynb #08-008
 def w2(
     x: Tensor,  # sample (N, *shape)
     y: Tensor,  # sample (M, *shape); M may differ from N
@@ -42,7 +42,7 @@ def w2(
                            f"{log['warning']}")
     return math.sqrt(max(float(value), 0.))
 
-# %% ../nbs/08_metrics.ipynb #08-013
+# %% ../nbs/08_metrics.ipynb #08-014
 def _directions(dim, number, seed):
     "(number, dim) unit vectors: even over a half circle in the plane, random otherwise."
     if dim == 2:
@@ -61,7 +61,7 @@ def _sorted_coupling(N, M):
     mass = np.diff(levels, prepend=0)/(N*M)
     return (levels - 1)//M, (levels - 1)//N, mass
 
-# %% ../nbs/08_metrics.ipynb #08-014
+# %% ../nbs/08_metrics.ipynb #08-015
 def sw2(
     x: Tensor,  # sample (N, *shape)
     y: Tensor,  # sample (M, *shape); M may differ from N
@@ -82,7 +82,7 @@ def sw2(
         total += (np.square(px[:, i] - py[:, j]) @ mass).sum()
     return math.sqrt(total/directions)
 
-# %% ../nbs/08_metrics.ipynb #08-020
+# %% ../nbs/08_metrics.ipynb #08-021
 class Estimate(NamedTuple):
     "A mean with its standard error; NaN for the error of a single value."
     mean: float
@@ -105,7 +105,7 @@ class Estimate(NamedTuple):
         se = v.std(ddof=1)/math.sqrt(len(v)) if len(v) > 1 else math.nan
         return cls(float(v.mean()), float(se))
 
-# %% ../nbs/08_metrics.ipynb #08-023
+# %% ../nbs/08_metrics.ipynb #08-024
 def noise_floor(
     metric: Callable,  # such as `w2`: two samples -> float
     draw: Callable,  # n, seed -> a sample (n, *shape)
@@ -121,7 +121,7 @@ def noise_floor(
     seeds = range(first, first + 2*pairs, 2)
     return Estimate.of([metric(draw(n, s), draw(n, s + 1)) for s in seeds])
 
-# %% ../nbs/08_metrics.ipynb #08-028
+# %% ../nbs/08_metrics.ipynb #08-029
 def ratio(
     values: Sequence[float] | Estimate,  # distances of a model's samples to the target
     floors: Sequence[float] | Estimate,  # distances between samples of the target

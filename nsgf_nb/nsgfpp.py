@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SINKHORN', 'PREDICTOR', 'STRAIGHT', 'PARTS', 'TimePredictor', 'check_images', 'NSGFPlusPlus']
 
-# %% ../nbs/12_nsgfpp.ipynb #12-004
+# %% ../nbs/12_nsgfpp.ipynb #12-005
 from dataclasses import fields, replace
 
 import torch
@@ -18,7 +18,7 @@ from .nsgf import NSGF, Model, NSGFConfig
 from .training import TrainConfig, find_device, seeded, without_prefix
 from .unet import TimeNet
 
-# %% ../nbs/12_nsgfpp.ipynb #12-007
+# %% ../nbs/12_nsgfpp.ipynb #12-008
 class TimePredictor(Model):
     "The time t of a state between noise and data, from the state alone (Algorithm 3, t_φ)."
 
@@ -43,7 +43,7 @@ class TimePredictor(Model):
         with torch.no_grad():
             return torch.cat([net(z) for z in self.standardizer.to_model(x).split(1024)])
 
-# %% ../nbs/12_nsgfpp.ipynb #12-009
+# %% ../nbs/12_nsgfpp.ipynb #12-010
 _IMAGES = dict(train_steps=10_000, batch_size=128, lr=1e-3, clip=1., channels=32)
 SINKHORN = NSGFConfig(**_IMAGES, sample_steps=5, t_end=.2, blur=1., pool_size=2**15, pool_mb=2048)
 PREDICTOR = replace(TrainConfig(**_IMAGES), channels=16, train_steps=1000)
@@ -61,7 +61,7 @@ def _configs_with(configs, settings):
     return [replace(config, **{name: value for name, value in settings.items()
                                if hasattr(config, name)}) for config in configs]
 
-# %% ../nbs/12_nsgfpp.ipynb #12-010
+# %% ../nbs/12_nsgfpp.ipynb #12-011
 def check_images(
     data,  # images (N, C, H, W) in [-1, 1], a Dataset of them, or a function n -> (n, C, H, W)
     seed: int = 0,  # for a function that draws from torch's global generator
@@ -79,7 +79,7 @@ def check_images(
                          f"{x.max():.4g}; bytes go in as x.float()/127.5 - 1")
     return data
 
-# %% ../nbs/12_nsgfpp.ipynb #12-012
+# %% ../nbs/12_nsgfpp.ipynb #12-013
 class NSGFPlusPlus:
     "NSGF++ (Algorithm 3): `NSGFPlusPlus().fit(images).sample(n)`."
 

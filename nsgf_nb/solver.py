@@ -331,6 +331,11 @@ def _pass(X, Y, h, a, masked=False):
     return L, T, c
 
 # %% ../nbs/03_solver.ipynb #03-036
+def _single(problem):
+    "Points (N, D), (M, D) and weights (N,), (M,) of a batch of one."
+    return problem.X[0], problem.Y[0], problem.a[0, 0], problem.b[0, 0]
+
+
 def _sample(X, a, seed, size=2048):
     "Some random points of a cloud, and their weights, as a batch of one."
     generator = torch.Generator().manual_seed(seed)
@@ -351,11 +356,6 @@ def _coarse_bias(problem, tol):
     h = _solve_dense(Problems(Z, V, w, w_V), None, tol, 200, Workspace()).h
     f = -_pass(Z[0], V[0], h[0, 0], w[0, 0])[0]
     return b.log() - _pass(Y, Z[0], w[0, 0].log() + f, b)[0]
-
-
-def _single(problem):
-    "Points (N, D), (M, D) and weights (N,), (M,) of a batch of one."
-    return problem.X[0], problem.Y[0], problem.a[0, 0], problem.b[0, 0]
 
 # %% ../nbs/03_solver.ipynb #03-038
 def use_flash(

@@ -17,7 +17,7 @@ _uniform = partial(torch.rand, dtype=torch.float32)  # whatever torch's default 
 _normal = partial(torch.randn, dtype=torch.float32)
 _integer = partial(torch.randint, dtype=torch.float32)
 
-# %% ../nbs/04_targets.ipynb #04-006
+# %% ../nbs/04_targets.ipynb #04-007
 _COLOURS = {"source": "black", "target": "#0072B2"}
 _OTHER_COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00")
 
@@ -38,7 +38,7 @@ def _planar_axes(ax, title, width=4.):
     ax.set_aspect("equal", adjustable="box")
     return ax
 
-# %% ../nbs/04_targets.ipynb #04-007
+# %% ../nbs/04_targets.ipynb #04-008
 def show_points(
     *clouds: Tensor,  # each (n, 2), in data units
     labels: list | None = None,  # one for each cloud; "source" is black, "target" blue
@@ -62,13 +62,13 @@ def show_points(
         ax.legend(loc="upper right", markerscale=3, framealpha=.9)
     return ax
 
-# %% ../nbs/04_targets.ipynb #04-009
+# %% ../nbs/04_targets.ipynb #04-010
 def _eight_gaussians(n, generator):
     angle = _integer(8, (n,), generator=generator)*(math.pi/4)
     centre = 5*torch.stack([angle.cos(), angle.sin()], 1)
     return centre + math.sqrt(.1)*_normal(n, 2, generator=generator)
 
-# %% ../nbs/04_targets.ipynb #04-013
+# %% ../nbs/04_targets.ipynb #04-014
 def _moons(n, generator):
     a = math.pi*_uniform(n, 1, generator=generator)
     outer = _uniform(n, 1, generator=generator) < .5
@@ -77,20 +77,20 @@ def _moons(n, generator):
     m = torch.where(outer, upper_arc, lower_arc)
     return 3*(m + .05*_normal(n, 2, generator=generator)) - 1
 
-# %% ../nbs/04_targets.ipynb #04-019
+# %% ../nbs/04_targets.ipynb #04-020
 def _scurve(n, generator):
     t = 3*math.pi*(_uniform(n, generator=generator) - .5)
     curve = torch.stack([t.sin(), t.sign()*(t.cos() - 1)], 1)
     return 1.5*(curve + .05*_normal(n, 2, generator=generator))
 
-# %% ../nbs/04_targets.ipynb #04-023
+# %% ../nbs/04_targets.ipynb #04-024
 def _checkerboard(n, generator):
     column = _integer(4, (n,), generator=generator)
     half = _integer(2, (n,), generator=generator)
     corner = torch.stack([column, 2*half + column % 2], 1)
     return 2*(corner + _uniform(n, 2, generator=generator)) - 4
 
-# %% ../nbs/04_targets.ipynb #04-027
+# %% ../nbs/04_targets.ipynb #04-028
 _LAWS = {
     "8gaussians": _eight_gaussians,
     "moons": _moons,
@@ -100,7 +100,7 @@ _LAWS = {
 }
 TARGETS = tuple(_LAWS)  # the names of the 2D targets
 
-# %% ../nbs/04_targets.ipynb #04-028
+# %% ../nbs/04_targets.ipynb #04-029
 def _check_draw(name, n):
     if name not in _LAWS:
         close = difflib.get_close_matches(str(name), TARGETS, 1, .4)
@@ -113,7 +113,7 @@ def _check_draw(name, n):
 def _generator(seed):
     return seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
 
-# %% ../nbs/04_targets.ipynb #04-029
+# %% ../nbs/04_targets.ipynb #04-030
 def sample_2d(
     name: str,  # one of `TARGETS`
     n: int,  # number of points
@@ -123,7 +123,7 @@ def sample_2d(
     _check_draw(name, n)
     return _LAWS[name](n, _generator(seed))
 
-# %% ../nbs/04_targets.ipynb #04-032
+# %% ../nbs/04_targets.ipynb #04-033
 def source_2d(
     name: str,  # one of `TARGETS`
     n: int,  # number of points
@@ -136,7 +136,7 @@ def source_2d(
         return _eight_gaussians(n, generator)
     return _normal(n, 2, generator=generator)
 
-# %% ../nbs/04_targets.ipynb #04-036
+# %% ../nbs/04_targets.ipynb #04-037
 def show_paths(
     xs: Tensor,  # trajectory (steps+1, n, 2), in data units
     title: str = "",  # above the plot
@@ -166,7 +166,7 @@ def show_paths(
         bar.solids.set_alpha(1)
     return ax
 
-# %% ../nbs/04_targets.ipynb #04-037
+# %% ../nbs/04_targets.ipynb #04-038
 def _snapshot_axes(axs, number):
     "A row of `number` panels, given or new."
     import matplotlib.pyplot as plt
@@ -184,7 +184,7 @@ def _limits(points, margin=.05):
     pad = margin*(high - low).amax().clamp_min(1e-6)
     return torch.stack([low - pad, high + pad], 1).tolist()
 
-# %% ../nbs/04_targets.ipynb #04-038
+# %% ../nbs/04_targets.ipynb #04-039
 def show_snapshots(
     xs: Tensor,  # trajectory (steps+1, n, 2), in data units
     target: Tensor | None = None,  # points (m, 2) of the target, drawn in grey behind the cloud

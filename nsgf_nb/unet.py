@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# %% ../nbs/11_unet.ipynb #11-006
+# %% ../nbs/11_unet.ipynb #11-007
 def _sinusoid(
     t: Tensor,  # times (B,)
     width: int,  # even
@@ -35,7 +35,7 @@ def _zero(layer):
         nn.init.zeros_(p)
     return layer
 
-# %% ../nbs/11_unet.ipynb #11-008
+# %% ../nbs/11_unet.ipynb #11-009
 class ResBlock(nn.Module):
     "x + conv(silu((1 + scale)·norm(conv(silu(norm(x)))) + shift)), scale and shift linear in e."
 
@@ -68,7 +68,7 @@ class ResBlock(nn.Module):
         h = self.norm(self.first(x))*(1 + scale) + shift
         return skipped + self.second(h)
 
-# %% ../nbs/11_unet.ipynb #11-011
+# %% ../nbs/11_unet.ipynb #11-012
 class Attention(nn.Module):
     "x + projection of the self-attention between the pixels of x."
 
@@ -94,7 +94,7 @@ class Attention(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(h.transpose(-1, -2).reshape(x.shape))
 
-# %% ../nbs/11_unet.ipynb #11-015
+# %% ../nbs/11_unet.ipynb #11-016
 class _Stage(nn.Sequential):
     "Residual blocks and attention: each layer gets the embedding."
 
@@ -122,7 +122,7 @@ class _Double(nn.Sequential):
     def forward(self, h, e):
         return super().forward(h)
 
-# %% ../nbs/11_unet.ipynb #11-016
+# %% ../nbs/11_unet.ipynb #11-017
 @dataclass
 class _Builder:
     "Builds the three parts of a UNet."
@@ -174,7 +174,7 @@ class _Builder:
         attention = Attention(channels)
         return _Stage(before, attention, self.block(channels, channels))
 
-# %% ../nbs/11_unet.ipynb #11-017
+# %% ../nbs/11_unet.ipynb #11-018
 def _check_image_net(shape, channels, levels=1, patch=1):
     "ValueError for settings of which no network can be made."
     if len(shape) != 3:
@@ -194,7 +194,7 @@ def _check_batch(x, shape):
         expected = ", ".join(map(str, shape))
         raise ValueError(f"x must be of shape (B, {expected}), got {tuple(x.shape)}")
 
-# %% ../nbs/11_unet.ipynb #11-019
+# %% ../nbs/11_unet.ipynb #11-020
 class UNet(nn.Module):
     "A velocity field v(x, t) for images (Dhariwal and Nichol 2021); ValueError for a wrong size."
 
@@ -267,7 +267,7 @@ class UNet(nn.Module):
             h = part(h, e)
         return F.pixel_shuffle(self.last(h), self.patch).to(x.dtype)
 
-# %% ../nbs/11_unet.ipynb #11-028
+# %% ../nbs/11_unet.ipynb #11-029
 class TimeNet(nn.Module):
     "The time t in [0, 1] of an image (1 − t)·noise + t·data; ValueError for a wrong size."
 

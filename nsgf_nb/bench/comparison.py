@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'COMPARED', 'QUICK', 'DATA', 'TorchCFM', 'Method', 'Comparison', 'log_density_8gaussians', 'Run', 'compare',
-           'read_results', 'summarise', 'side_by_side', 'report_table', 'register']
+           'read_results', 'summarise', 'side_by_side', 'report_table', 'register', 'at_least_one']
 
 # %% ../../nbs/45_comparison.ipynb #45-003
 import argparse
@@ -417,7 +417,7 @@ def register(
                                                f"if it is installed")
     parser.add_argument("--seeds", type=int, nargs="+",
                         help="one run for each (default: 0 to 4; quick: 0 and 1)")
-    parser.add_argument("--draws", type=_at_least_one, metavar="N",
+    parser.add_argument("--draws", type=at_least_one, metavar="N",
                         help="measure after 10 Euler steps only (quick: 5), SW2 on N pairs of "
                              "samples for each seed; needs an --out of its own (default: 3 pairs "
                              "after 10 steps, 1 after 100)")
@@ -428,7 +428,8 @@ def register(
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     parser.set_defaults(call=_command)
 
-def _at_least_one(text):
+def at_least_one(text: str) -> int:
+    "A type for argparse: a whole number of at least 1."
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)

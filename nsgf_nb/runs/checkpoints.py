@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ..files import load_tensors, save_tensors, writable_folder
 from ..training import FitResult, Loop, fit_result, progress_bar, show_loss
 
-# %% ../../nbs/30_checkpoints.ipynb #30-006
+# %% ../../nbs/30_checkpoints.ipynb #30-007
 class Checkpoint:
     "The state of a run on disk: the newest in `path`, the one before it in `path.before`."
 
@@ -71,7 +71,7 @@ class Checkpoint:
         for path in (self.path, self.before):
             path.unlink(missing_ok=True)
 
-# %% ../../nbs/30_checkpoints.ipynb #30-009
+# %% ../../nbs/30_checkpoints.ipynb #30-010
 def _acquire_lock(path, wait=0.):
     "The lock of `path`, held. `RuntimeError` if another process or thread holds it."
     from filelock import FileLock, Timeout
@@ -96,7 +96,7 @@ def file_lock(
     finally:
         lock.release()
 
-# %% ../../nbs/30_checkpoints.ipynb #30-012
+# %% ../../nbs/30_checkpoints.ipynb #30-013
 class Terminated(KeyboardInterrupt):
     "Raised after SIGTERM, as its parent is after Ctrl-C."
 
@@ -122,7 +122,7 @@ def defer_signals():
         for number, handler in handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
-# %% ../../nbs/30_checkpoints.ipynb #30-015
+# %% ../../nbs/30_checkpoints.ipynb #30-016
 def check_disk_space(
     path,  # file that will be written
     size: int,  # bytes that it will need
@@ -134,7 +134,7 @@ def check_disk_space(
         raise OSError(f"{folder} needs {size/2**20:,.1f} MB for {Path(path).name}, but its disk "
                       f"has {free/2**20:,.1f} MB left")
 
-# %% ../../nbs/30_checkpoints.ipynb #30-018
+# %% ../../nbs/30_checkpoints.ipynb #30-019
 def differences(
     theirs: dict,  # settings that a file was made with
     ours: dict,  # settings that are wanted
@@ -165,7 +165,7 @@ def _check_same_run(trainer, about, path):
         warnings.warn(f"{path} was made with {'; '.join(differing)}: the resumed training may "
                       f"not end with the same bits", stacklevel=5)
 
-# %% ../../nbs/30_checkpoints.ipynb #30-020
+# %% ../../nbs/30_checkpoints.ipynb #30-021
 class LongRun(Loop):
     "Run a trainer with checkpoints; the same call resumes a run that was stopped."
 
@@ -284,7 +284,7 @@ class LongRun(Loop):
             self._lock.release()
             self._lock = None
 
-# %% ../../nbs/30_checkpoints.ipynb #30-021
+# %% ../../nbs/30_checkpoints.ipynb #30-022
 def all_finite(
     tensors: dict,  # name -> tensor
 ) -> bool:
