@@ -11,7 +11,7 @@ INSTALLED = $(VENV)/.installed
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
 
-demo: $(INSTALLED) ## train on 8gaussians (about 2 minutes), draw the flow, print the distances
+demo: $(INSTALLED) ## train on 8gaussians (about a minute), draw the flow, print the distances
 	$(BIN)/nsgf demo
 
 # The result notebooks, 20 to 24, are run by pytest, which compares what they print with what is committed.

@@ -1,4 +1,5 @@
 """Several processes over gloo on this machine's CPU: the same run as on one, and a clear end."""
+import atexit
 import importlib.util
 import os
 import signal
@@ -87,6 +88,18 @@ def noise(stop_at=None, die_at=None):
     return draw
 
 
+def list_threads_at_exit(out):
+    "After a training, and after the ranks have left each other: the threads of this process."
+    atexit.register(lambda: print("threads:", *thread_names(), flush=True))
+    here = ranks()
+    FlowMatching(**TINY).fit(noise(), progress=False, loop=DistributedRun())
+    assert here.count == 2 and any("gloo" in name for name in thread_names())
+
+
+def thread_names():
+    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+
+
 def use_accelerate(out):
     from accelerate import debug_launcher
     debug_launcher(train_and_save, (out,), num_processes=2)
@@ -144,6 +157,15 @@ def test_ranks_share_work_and_stop_together(tmp_path):
     for rank in range(2):
         assert f"rank {rank}: stopped after 7 of 5,000 steps" in output
     assert len(load_tensors(tmp_path/"c")[0]["losses"]) == 7
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux to list threads")
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    "Such a thread, with a tensor in hand at the end of Python, aborts the process."
+    lines = start(__file__, "list_threads_at_exit", tmp_path).splitlines()
+    threads = [line for line in lines if line.startswith("threads:")]
+    assert len(threads) == 2 and not any("gloo" in line for line in threads), threads
 
 
 @pytest.mark.slow

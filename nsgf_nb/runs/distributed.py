@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from contextlib import contextmanager
+from importlib import import_module
 from itertools import islice
 
 import torch
@@ -78,6 +79,9 @@ def _connect():
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         backend = "cpu:gloo,cuda:nccl"
+    # Its functions keep the group that exists when they are imported as a default argument, so that
+    # the group would outlive `_disconnect`. DistributedDataParallel imports it.
+    import_module("torch.distributed.nn.functional")
     torch.distributed.init_process_group(backend)
     atexit.register(_disconnect)
 
