@@ -27,6 +27,7 @@ from nsgf_nb.training import (
     replace_settings,
     seeded,
     setting,
+    with_prefix,
     without_prefix,
 )
 
@@ -144,7 +145,7 @@ class Model:
         weights = self.require_net().state_dict()
         if half:
             weights = {name: w.half() for name, w in weights.items()}
-        tensors = {f"net.{name}": w for name, w in weights.items()}
+        tensors = with_prefix("net", weights)
         tensors |= {"mean": self.standardizer.mean, "scale": self.standardizer.scale}
         about = dict(model=type(self).__name__, config=asdict(self.config),
                      shape=list(self.standardizer.shape), source=self.source)

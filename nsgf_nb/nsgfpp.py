@@ -15,7 +15,7 @@ from .data import Batches, as_sampler, stack_dataset
 from .files import load_tensors, pretrained_path, save_tensors
 from .flow_matching import FlowMatching, FlowMatchingConfig, random_times, straight_path
 from .nsgf import NSGF, Model, NSGFConfig
-from .training import TrainConfig, find_device, seeded, without_prefix
+from .training import TrainConfig, find_device, seeded, with_prefix, without_prefix
 from .unet import TimeNet
 
 # %% ../nbs/12_nsgfpp.ipynb #12-008
@@ -157,7 +157,7 @@ class NSGFPlusPlus:
         about = dict(model="NSGFPlusPlus")
         for name, part in self.parts.items():
             part_tensors, about[name] = part.to_tensors(half)
-            tensors |= {f"{name}.{key}": tensor for key, tensor in part_tensors.items()}
+            tensors |= with_prefix(name, part_tensors)
         save_tensors(path, tensors, dict(about, **notes))
 
     @classmethod

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FourierFeatures', 'MLP', 'setting', 'check_settings', 'TrainConfig', 'replace_settings', 'make_network',
-           'find_device', 'seeded', 'learning_rate', 'moving_average', 'matching_loss', 'Trainer', 'without_prefix',
-           'optimiser_tensors', 'load_optimiser_tensors', 'explain_memory', 'FitResult', 'check_loss', 'Loop',
-           'progress_bar', 'show_loss', 'fit_result']
+           'find_device', 'seeded', 'learning_rate', 'moving_average', 'matching_loss', 'Trainer', 'with_prefix',
+           'without_prefix', 'optimiser_tensors', 'load_optimiser_tensors', 'explain_memory', 'FitResult', 'check_loss',
+           'Loop', 'progress_bar', 'show_loss', 'fit_result']
 
 # %% ../nbs/06_training.ipynb #06-003
 import math
@@ -307,11 +307,11 @@ class Trainer:
     def state_dict(self) -> dict:  # flat: name -> tensor
         "Everything that the next step depends on."
         state = {"losses": self.losses, "rng": torch.default_generator.get_state()}
-        state |= _prefixed("net", self.net.state_dict())
-        state |= _prefixed("average", self.average.state_dict())
-        state |= _prefixed("optimiser", optimiser_tensors(self.optimiser))
+        state |= with_prefix("net", self.net.state_dict())
+        state |= with_prefix("average", self.average.state_dict())
+        state |= with_prefix("optimiser", optimiser_tensors(self.optimiser))
         if hasattr(self.batches, "state_dict"):
-            state |= _prefixed("batches", self.batches.state_dict())
+            state |= with_prefix("batches", self.batches.state_dict())
         return state
 
     def load_state_dict(self, state: dict):
@@ -326,7 +326,11 @@ class Trainer:
         self._losses[:self.step] = state["losses"]
 
 # %% ../nbs/06_training.ipynb #06-025
-def _prefixed(prefix, tensors):
+def with_prefix(
+    prefix: str,
+    tensors: dict,  # name -> tensor
+) -> dict:
+    "The tensors, with `prefix` and a dot before their names."
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 def without_prefix(

@@ -19,7 +19,14 @@ from torch.nn import functional as F
 
 from ..data import Batches, PairSampler, ShuffledRows
 from ..nsgf import VelocityModel
-from ..training import TrainConfig, Trainer, check_settings, setting, without_prefix
+from nsgf_nb.training import (
+    TrainConfig,
+    Trainer,
+    check_settings,
+    setting,
+    with_prefix,
+    without_prefix,
+)
 
 # %% ../../nbs/43_gradient_flows.ipynb #43-006
 class Chain(nn.Module):
@@ -156,7 +163,7 @@ class StagedTrainer:
         parts = {"net": self.net, "trainer": self.trainer}
         for name, part in parts.items():
             if part is not None:
-                state |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
+                state |= with_prefix(name, part.state_dict())
         return state
 
     def load_state_dict(self, state: dict):
