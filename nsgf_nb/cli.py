@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/50_cli.ipynb #50-003
+# %% ../nbs/50_cli.ipynb #50-004
 import argparse
 import importlib.util
 import os
@@ -40,7 +40,7 @@ from .runs.checkpoints import Terminated
 from .targets import TARGETS, sample_2d
 from .training import find_device
 
-# %% ../nbs/50_cli.ipynb #50-005
+# %% ../nbs/50_cli.ipynb #50-006
 def _train(args):
     if args.name.startswith("classifier-"):
         train_classifiers(args)
@@ -69,7 +69,7 @@ def _register_train(commands):
     _add_device(parser)
     parser.set_defaults(call=_train)
 
-# %% ../nbs/50_cli.ipynb #50-007
+# %% ../nbs/50_cli.ipynb #50-008
 def _target_of(path, target):
     "The target that a model was trained on: as given, or as the result.json beside it says."
     beside = Path(path).parent/"result.json"
@@ -117,7 +117,7 @@ def _sample_images(args, model, out):
         save_sheet(x, out)
     print(f"wrote {out}: {args.n:,} images of shape {tuple(x.shape[1:])}")
 
-# %% ../nbs/50_cli.ipynb #50-008
+# %% ../nbs/50_cli.ipynb #50-009
 def _evaluate(args):
     model = load_model(args.path, args.device)
     if _is_of_images(model):
@@ -144,9 +144,10 @@ def _evaluate_images(args, model):
     experiment = IMAGE_EXPERIMENTS[name]
     print(f"{args.path} against {experiment.data}: sampling and measuring …", flush=True)
     data = load_images(experiment.data)
-    print(report_images(dict(measured=measure_images(experiment, model, data, args.seed))))
+    test = load_images(experiment.data, "test")
+    print(report_images(dict(measured=measure_images(experiment, model, data, args.seed, test))))
 
-# %% ../nbs/50_cli.ipynb #50-009
+# %% ../nbs/50_cli.ipynb #50-010
 def _register_sample(commands):
     words = "draw from a trained model into a .npy file, or images onto a sheet"
     parser = commands.add_parser("sample", help=words, description=words)
@@ -182,7 +183,7 @@ def _add_model(parser):
 def _add_device(parser):
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
 
-# %% ../nbs/50_cli.ipynb #50-011
+# %% ../nbs/50_cli.ipynb #50-012
 def _endurance(args):
     path = Path(nsgf_nb.__file__).parent.parent/"tests"/"endurance.py"
     if not path.is_file():
@@ -215,7 +216,7 @@ def _register_bench(commands):
     ablations.register(kinds)
     _register_endurance(kinds)
 
-# %% ../nbs/50_cli.ipynb #50-013
+# %% ../nbs/50_cli.ipynb #50-014
 def _info(args):
     import matplotlib
     import ot
@@ -243,7 +244,7 @@ def _register_info(commands):
     parser = commands.add_parser("info", help=words, description=words)
     parser.set_defaults(call=_info)
 
-# %% ../nbs/50_cli.ipynb #50-015
+# %% ../nbs/50_cli.ipynb #50-016
 def _parser():
     parser = argparse.ArgumentParser(
         prog="nsgf", description="Neural Sinkhorn gradient flow: train, sample and measure.")

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FourierFeatures', 'MLP', 'setting', 'check_settings', 'TrainConfig', 'replace_settings', 'make_network',
-           'find_device', 'seeded', 'learning_rate', 'moving_average', 'matching_loss', 'Trainer', 'with_prefix',
-           'without_prefix', 'optimiser_tensors', 'load_optimiser_tensors', 'explain_memory', 'FitResult', 'check_loss',
-           'Loop', 'progress_bar', 'show_loss', 'fit_result']
+           'find_device', 'seeded', 'learning_rate', 'moving_average', 'matching_loss', 'Steps', 'Trainer',
+           'with_prefix', 'without_prefix', 'optimiser_tensors', 'load_optimiser_tensors', 'explain_memory',
+           'FitResult', 'check_loss', 'Loop', 'progress_bar', 'show_loss', 'fit_result']
 
-# %% ../nbs/06_training.ipynb #06-003
+# %% ../nbs/06_training.ipynb #06-004
 import math
 import operator
 import time
@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
-# %% ../nbs/06_training.ipynb #06-006
+# %% ../nbs/06_training.ipynb #06-007
 class FourierFeatures(nn.Module):
     "x -> (x, sin ωx, cos ωx) with fixed frequencies ω."
 
@@ -41,7 +41,7 @@ class FourierFeatures(nn.Module):
         phase = x @ self.omega
         return torch.cat([x, phase.sin(), phase.cos()], 1)
 
-# %% ../nbs/06_training.ipynb #06-011
+# %% ../nbs/06_training.ipynb #06-012
 class MLP(nn.Module):
     "A velocity field v(x, t) for samples of any shape: a multilayer perceptron."
 
@@ -78,7 +78,7 @@ class MLP(nn.Module):
         inputs = torch.cat([self.embed_x(x.flatten(1)), self.embed_t(t[:, None])], 1)
         return self.layers(inputs).view_as(x)
 
-# %% ../nbs/06_training.ipynb #06-014
+# %% ../nbs/06_training.ipynb #06-015
 _BOUNDS = {
     "at_least": (operator.ge, "at least"),
     "above": (operator.gt, "above"),
@@ -122,7 +122,7 @@ def _check_bounds(name, value, bounds):
         if bound in bounds and not holds(value, bounds[bound]):
             raise ValueError(f"{name} must be {words} {bounds[bound]}, got {value!r}")
 
-# %% ../nbs/06_training.ipynb #06-015
+# %% ../nbs/06_training.ipynb #06-016
 @dataclass(frozen=True)
 class TrainConfig:
     "Settings of a network and its training. The paper's own are not known to us: all are chosen."
@@ -159,7 +159,7 @@ def replace_settings(
             raise TypeError(f"{name!r} is not a setting of {owner}; known are {', '.join(known)}")
     return replace(config, **settings)
 
-# %% ../nbs/06_training.ipynb #06-018
+# %% ../nbs/06_training.ipynb #06-019
 def make_network(
     config: TrainConfig,
     shape: tuple,  # of one sample
@@ -193,7 +193,7 @@ def seeded(
         torch.default_generator.manual_seed(seed)
         yield
 
-# %% ../nbs/06_training.ipynb #06-020
+# %% ../nbs/06_training.ipynb #06-021
 def learning_rate(
     step: int,  # from 0
     steps: int,  # in all
@@ -213,7 +213,7 @@ def moving_average(
         torch._foreach_lerp_(averaged, current, 1 - decay_now)
     return AveragedModel(net, multi_avg_fn=update)
 
-# %% ../nbs/06_training.ipynb #06-022
+# %% ../nbs/06_training.ipynb #06-023
 def matching_loss(
     net,  # the field v(x, t)
     x: Tensor,  # states (B, *shape)
@@ -223,8 +223,51 @@ def matching_loss(
     "Mean of ‖v(x, t) − target‖² over all entries (Algorithm 1)."
     return (net(x, t).float() - target).square().mean()
 
-# %% ../nbs/06_training.ipynb #06-023
-class Trainer:
+# %% ../nbs/06_training.ipynb #06-024
+class Steps:
+    "An iterator of steps that have a loss each, as a `Loop` runs it."
+
+    def __init__(
+        self,
+        steps: int,  # at most
+        device: torch.device,  # of the losses
+        settings: dict = None,  # what must be equal when a checkpoint is resumed
+    ):
+        self.steps = steps
+        self.step = 0  # steps that are done
+        self.settings = settings or {}
+        self.phases = {}  # seconds of what came before the steps, by name
+        self._losses = torch.zeros(steps, device=device)
+
+    @property
+    def losses(self) -> Tensor:  # (step,)
+        "The losses so far."
+        return self._losses[:self.step]
+
+    @property
+    def done(self) -> bool:
+        "Is there nothing left to do?"
+        return self.step == self.steps
+
+    def __iter__(self):
+        return self
+
+    def record(self, loss):
+        "Count a step, and keep its loss."
+        self._losses[self.step] = loss
+        self.step += 1
+
+    def load_losses(self, losses):
+        "Continue after these."
+        self.step = len(losses)
+        self._losses[:self.step] = losses
+
+    def shown(self, loss: float) -> dict:  # name -> text
+        "What a bar shows."
+        return dict(loss=f"{loss:.4f}")
+
+# %% ../nbs/06_training.ipynb #06-025
+class Trainer(Steps):
     "An iterator of optimiser steps that gives the loss of each."
 
     def __init__(
@@ -241,35 +284,24 @@ class Trainer:
         loss=matching_loss,  # function of the network and the tensors of a batch
         settings: dict = None,  # what must be equal when a checkpoint is resumed
     ):
+        device = next(net.parameters()).device
+        super().__init__(steps, device, settings)
+        self.device = device
         self.net = net
         self.forward = net  # what the loss calls: the network, compiled or on several devices
         self.batches = iter(batches)
-        self.steps = steps
         self.lr = lr
         self.clip = clip
         self.bf16 = bf16
         self.loss = loss
-        self.settings = settings or {}
-        self.device = next(net.parameters()).device
         self.optimiser = torch.optim.AdamW(net.parameters(), lr, weight_decay=weight_decay,
                                            fused=self.device.type in ("cpu", "cuda"))
         self.average = moving_average(net, ema)
-        self.step = 0  # steps that are done
-        self.phases = {}  # seconds of what came before the training, by name
-        self._losses = torch.zeros(steps, device=self.device)
         if compile:
             self.forward = _compiled(self)
 
-    @property
-    def losses(self) -> Tensor:  # (step,)
-        "The losses so far."
-        return self._losses[:self.step]
-
-    def __iter__(self):
-        return self
-
     def __next__(self) -> Tensor:  # the loss, a scalar without a graph
-        if self.step == self.steps:
+        if self.done:
             raise StopIteration
         batch = self._next_batch()
         self.optimiser.param_groups[0]["lr"] = learning_rate(self.step, self.steps, self.lr)
@@ -292,11 +324,6 @@ class Trainer:
             loss = self.loss(self.forward, *batch)
         loss.backward()
         return loss.detach()
-
-    def record(self, loss):
-        "Count a step, and keep its loss."
-        self._losses[self.step] = loss
-        self.step += 1
 
     def _next_batch(self):
         try:
@@ -322,10 +349,9 @@ class Trainer:
         if hasattr(self.batches, "load_state_dict"):
             self.batches.load_state_dict(without_prefix("batches", state))
         torch.default_generator.set_state(state["rng"])
-        self.step = len(state["losses"])
-        self._losses[:self.step] = state["losses"]
+        self.load_losses(state["losses"])
 
-# %% ../nbs/06_training.ipynb #06-025
+# %% ../nbs/06_training.ipynb #06-027
 def with_prefix(
     prefix: str,
     tensors: dict,  # name -> tensor
@@ -363,7 +389,7 @@ def load_optimiser_tensors(
     groups = optimiser.state_dict()["param_groups"]
     optimiser.load_state_dict({"state": state, "param_groups": groups})
 
-# %% ../nbs/06_training.ipynb #06-027
+# %% ../nbs/06_training.ipynb #06-029
 def _compiled(trainer):
     "torch.compile(net) if one step of it runs; otherwise net itself, with a warning."
     net = trainer.net
@@ -403,7 +429,7 @@ def explain_memory(
     advice = f"{fits:,} would fit" if fits else "1 does not fit either: take a smaller network"
     raise MemoryError(f"{name}={size:,} needs more memory than there is: {advice}") from error
 
-# %% ../nbs/06_training.ipynb #06-029
+# %% ../nbs/06_training.ipynb #06-031
 @dataclass(frozen=True)
 class FitResult:
     "What a training leaves."
@@ -454,7 +480,7 @@ class Loop:
                 interrupted = KeyboardInterrupt
         return fit_result(trainer, time.perf_counter() - start, interrupted)
 
-# %% ../nbs/06_training.ipynb #06-030
+# %% ../nbs/06_training.ipynb #06-032
 def progress_bar(trainer, progress, desc):
     "A tqdm bar that begins where the trainer stands."
     return tqdm(total=trainer.steps, initial=trainer.step, desc=desc, disable=not progress,
@@ -468,7 +494,7 @@ def show_loss(trainer, bar, hint=""):
     loss = trainer.losses[previous].item()
     check_loss(loss, previous, hint)
     if previous % 50 == 0:
-        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        bar.set_postfix(trainer.shown(loss), refresh=False)
 
 def fit_result(trainer, seconds, interrupted=None, hint="") -> FitResult:
     "The result of a trainer that stops here; raises `FloatingPointError` if its last loss is NaN."

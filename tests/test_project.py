@@ -16,7 +16,8 @@ readme = root/"README.md"
 
 # The table of notebooks in reading order. A module may import what stands above it.
 ORDER = """
-00_theory 01_from_scratch 02_sinkhorn 03_solver 04_targets 05_flow 06_training 07_nsgf 08_metrics
+00_theory 01_from_scratch 02_sinkhorn 03_solver 04_targets 05_flow 06_training 06b_dual_ascent
+06c_semidiscrete 07_nsgf 08_metrics
 09_flow_matching 10_images 11_unet 12_nsgfpp 13_image_metrics 14_files 15_data
 20_plane 21_images 22_ablations 23_speed 24_endurance
 30_checkpoints 31_disk_pool 32_distributed

@@ -6,7 +6,7 @@
 __all__ = ['SLOPES', 'Chain', 'StagedConfig', 'StagedTrainer', 'StagedModel', 'EPTConfig', 'DensityRatio', 'ratio_loss',
            'EPTTrainer', 'EPT', 'SWFConfig', 'SlicedMap', 'SWFTrainer', 'SlicedWassersteinFlow']
 
-# %% ../../nbs/43_gradient_flows.ipynb #43-003
+# %% ../../nbs/43_gradient_flows.ipynb #43-004
 import copy
 import math
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ..data import Batches, PairSampler, ShuffledRows
 from ..nsgf import VelocityModel
 from nsgf_nb.training import (
+    Steps,
     TrainConfig,
     Trainer,
     check_settings,
@@ -28,7 +29,7 @@ from nsgf_nb.training import (
     without_prefix,
 )
 
-# %% ../../nbs/43_gradient_flows.ipynb #43-006
+# %% ../../nbs/43_gradient_flows.ipynb #43-007
 class Chain(nn.Module):
     "A velocity field v(x, t) in K stages: each moves x by its displacement in a time of 1/K."
 
@@ -60,7 +61,7 @@ class Chain(nn.Module):
             v[rows] = K*self.stages[int(k)](x_flat[rows], s[rows])
         return v.view_as(x)
 
-# %% ../../nbs/43_gradient_flows.ipynb #43-009
+# %% ../../nbs/43_gradient_flows.ipynb #43-010
 @dataclass(frozen=True)
 class StagedConfig(TrainConfig):
     "Settings that the gradient flows have in common."
@@ -79,9 +80,9 @@ class StagedConfig(TrainConfig):
             raise ValueError(f"train_steps must be at least 1 for each of {self.stages} stages, "
                              f"got {self.train_steps}")
 
-# %% ../../nbs/43_gradient_flows.ipynb #43-010
-class StagedTrainer:
-    "Trains the stages of a chain one after the other. It has the interface of a `Trainer`."
+# %% ../../nbs/43_gradient_flows.ipynb #43-011
+class StagedTrainer(Steps):
+    "Trains the stages of a chain one after the other."
 
     def __init__(
         self,
@@ -89,16 +90,12 @@ class StagedTrainer:
         sampler: PairSampler,
         config: StagedConfig,
     ):
+        super().__init__(config.train_steps, sampler.device)
         self.net = net
         self.average = SimpleNamespace(module=net)  # the stages get averaged weights
         self.sampler = sampler
         self.device = sampler.device
         self.config = config
-        self.steps = config.train_steps
-        self.step = 0  # steps that are done
-        self.settings = {}
-        self.phases = {}
-        self._losses = torch.zeros(self.steps, device=self.device)
         self.stage = 0  # stages that are finished
         self.particles = self.first_particles().flatten(1)  # the cloud (n, D) before this stage
         self.trainer = self.stage_trainer()
@@ -119,24 +116,15 @@ class StagedTrainer:
         "The optimiser steps of all stages before this one."
         return stage*self.steps//self.config.stages
 
-    @property
-    def losses(self) -> Tensor:  # (step,)
-        "The losses so far."
-        return self._losses[:self.step]
-
-    def __iter__(self):
-        return self
-
     def __next__(self) -> Tensor:  # the loss, a scalar without a graph
-        if self.step == self.steps:
+        if self.done:
             raise StopIteration
         loss = next(self.trainer)
-        self._losses[self.step] = loss
-        self.step += 1
+        self.record(loss)
         if self.step == self.first_step(self.stage + 1):
             self.finish_stage()
             self.stage += 1
-            self.trainer = self.stage_trainer() if self.step < self.steps else None
+            self.trainer = None if self.done else self.stage_trainer()
         return loss
 
     def move_particles(self, move):
@@ -168,18 +156,17 @@ class StagedTrainer:
 
     def load_state_dict(self, state: dict):
         "Continue from what `state_dict` gave."
-        self.step = len(state["losses"])
-        self._losses[:self.step] = state["losses"]
+        self.load_losses(state["losses"])
         self.net.load_state_dict(without_prefix("net", state))
         self.particles = state["particles"].to(self.device)
         ends = [self.first_step(k + 1) for k in range(self.config.stages)]
         self.stage = sum(end <= self.step for end in ends)
         self.trainer = None
-        if self.step < self.steps:
+        if not self.done:
             self.trainer = self.stage_trainer()
             self.trainer.load_state_dict(without_prefix("trainer", state))
 
-# %% ../../nbs/43_gradient_flows.ipynb #43-011
+# %% ../../nbs/43_gradient_flows.ipynb #43-012
 class StagedModel(VelocityModel):
     "A model whose field is a chain. Subclasses name the module of a stage, and its trainer."
     Config = StagedConfig
@@ -197,7 +184,7 @@ class StagedModel(VelocityModel):
         net = self.make_network(sampler.shape).to(self.device, torch.float32)
         return self.Trainer(net, sampler, self.config, **options)
 
-# %% ../../nbs/43_gradient_flows.ipynb #43-013
+# %% ../../nbs/43_gradient_flows.ipynb #43-014
 SLOPES = {  # f'(r) as a function of d = log r, up to a constant
     "kl": lambda d: d,  # f(r) = r log r
     "js": F.logsigmoid,  # f(r) = r log r − (r + 1) log((r + 1)/2)
@@ -219,7 +206,7 @@ class EPTConfig(StagedConfig):
     penalty: float = setting(.5, above=0)  # α in units of s; the flow is stable from 1/8 on
     particles: int = setting(2**14, at_least=2)  # that move from stage to stage
 
-# %% ../../nbs/43_gradient_flows.ipynb #43-014
+# %% ../../nbs/43_gradient_flows.ipynb #43-015
 class DensityRatio(nn.Module):
     "log r as a network, and the Euler step −s ∇f'(r); s = 0 until it is set."
 
@@ -248,7 +235,7 @@ class DensityRatio(nn.Module):
             slope = self.slope(self.log_ratio(x)).sum()
             return -self.size*torch.autograd.grad(slope, x)[0]
 
-# %% ../../nbs/43_gradient_flows.ipynb #43-016
+# %% ../../nbs/43_gradient_flows.ipynb #43-017
 def ratio_loss(
     net: DensityRatio,
     x: Tensor,  # particles (B, D)
@@ -262,7 +249,7 @@ def ratio_loss(
     logistic = F.softplus(-d[:len(x)]).mean() + F.softplus(d[len(x):]).mean()
     return logistic + penalty*slope.square().sum(1).mean()
 
-# %% ../../nbs/43_gradient_flows.ipynb #43-020
+# %% ../../nbs/43_gradient_flows.ipynb #43-021
 class EPTTrainer(StagedTrainer):
     "One `Trainer` for all stages; each stage has its own particles and its own step."
 
@@ -298,7 +285,7 @@ class EPT(StagedModel):
     Stage = DensityRatio
     Trainer = EPTTrainer
 
-# %% ../../nbs/43_gradient_flows.ipynb #43-023
+# %% ../../nbs/43_gradient_flows.ipynb #43-024
 @dataclass(frozen=True)
 class SWFConfig(StagedConfig):
     "Settings of a `SlicedWassersteinFlow`; those of networks and optimisers follow from these."
@@ -337,7 +324,7 @@ class SlicedMap(nn.Module):
         shift = torch.lerp(self.shifts.gather(1, j - 1), self.shifts.gather(1, j), position)
         return x.shape[1]/len(self.weight)*(shift.T @ self.weight)
 
-# %% ../../nbs/43_gradient_flows.ipynb #43-024
+# %% ../../nbs/43_gradient_flows.ipynb #43-025
 def _quantiles(projections, count):
     "`count` quantiles of each row of (L, N), the smallest and the largest entry among them."
     N = projections.shape[1]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Checkpoint', 'file_lock', 'Terminated', 'defer_signals', 'check_disk_space', 'differences', 'LongRun', 'all_finite']
 
-# %% ../../nbs/30_checkpoints.ipynb #30-003
+# %% ../../nbs/30_checkpoints.ipynb #30-004
 import json
 import os
 import shutil
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ..files import load_tensors, save_tensors, writable_folder
 from ..training import FitResult, Loop, fit_result, progress_bar, show_loss
 
-# %% ../../nbs/30_checkpoints.ipynb #30-007
+# %% ../../nbs/30_checkpoints.ipynb #30-008
 class Checkpoint:
     "The state of a run on disk: the newest in `path`, the one before it in `path.before`."
 
@@ -71,7 +71,7 @@ class Checkpoint:
         for path in (self.path, self.before):
             path.unlink(missing_ok=True)
 
-# %% ../../nbs/30_checkpoints.ipynb #30-010
+# %% ../../nbs/30_checkpoints.ipynb #30-011
 def _acquire_lock(path, wait=0.):
     "The lock of `path`, held. `RuntimeError` if another process or thread holds it."
     from filelock import FileLock, Timeout
@@ -96,7 +96,7 @@ def file_lock(
     finally:
         lock.release()
 
-# %% ../../nbs/30_checkpoints.ipynb #30-013
+# %% ../../nbs/30_checkpoints.ipynb #30-014
 class Terminated(KeyboardInterrupt):
     "Raised after SIGTERM, as its parent is after Ctrl-C."
 
@@ -122,7 +122,7 @@ def defer_signals():
         for number, handler in handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
-# %% ../../nbs/30_checkpoints.ipynb #30-016
+# %% ../../nbs/30_checkpoints.ipynb #30-017
 def check_disk_space(
     path,  # file that will be written
     size: int,  # bytes that it will need
@@ -134,7 +134,7 @@ def check_disk_space(
         raise OSError(f"{folder} needs {size/2**20:,.1f} MB for {Path(path).name}, but its disk "
                       f"has {free/2**20:,.1f} MB left")
 
-# %% ../../nbs/30_checkpoints.ipynb #30-019
+# %% ../../nbs/30_checkpoints.ipynb #30-020
 def differences(
     theirs: dict,  # settings that a file was made with
     ours: dict,  # settings that are wanted
@@ -165,7 +165,7 @@ def _check_same_run(trainer, about, path):
         warnings.warn(f"{path} was made with {'; '.join(differing)}: the resumed training may "
                       f"not end with the same bits", stacklevel=5)
 
-# %% ../../nbs/30_checkpoints.ipynb #30-021
+# %% ../../nbs/30_checkpoints.ipynb #30-022
 class LongRun(Loop):
     "Run a trainer with checkpoints; the same call resumes a run that was stopped."
 
@@ -214,13 +214,13 @@ class LongRun(Loop):
         with defer_signals() as signals, progress_bar(trainer, progress, desc) as bar:
             try:
                 stop = False
-                while trainer.step < trainer.steps and not stop:
+                while not trainer.done and not stop:
                     stop = self.step(trainer, signals)
                     bar.update()
                     show_loss(trainer, bar, self.hint)
                     now = time.perf_counter()
                     due = now - written > self.checkpoint_interval
-                    if due or stop or trainer.step == trainer.steps:
+                    if due or stop or trainer.done:
                         self.save(trainer, now - start)
                         written = now
             except KeyboardInterrupt as error:  # the second signal
@@ -249,7 +249,7 @@ class LongRun(Loop):
             if progress:
                 tqdm.write(f"resuming after {trainer.step:,} of {trainer.steps:,} steps, from "
                            f"{self.checkpoint.path}")
-        if self.writes and trainer.step < trainer.steps:
+        if self.writes and not trainer.done:
             weights = sum(w.nbytes for w in trainer.net.parameters())
             # two checkpoints and a new one, each with weights, average and two moments
             check_disk_space(self.checkpoint.path, 3*4*weights + 2**20)
@@ -284,7 +284,7 @@ class LongRun(Loop):
             self._lock.release()
             self._lock = None
 
-# %% ../../nbs/30_checkpoints.ipynb #30-022
+# %% ../../nbs/30_checkpoints.ipynb #30-023
 def all_finite(
     tensors: dict,  # name -> tensor
 ) -> bool:
