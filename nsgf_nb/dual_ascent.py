@@ -254,18 +254,19 @@ def coarse_prices(
     a = x.new_full((size,), 1/size)
     lowest = math.sqrt(cells.eps)
     blur = max(y.square().sum(1).mean().sqrt().item()/4, lowest)
-    g, best = None, None
+    g, prices, best = None, None, None
     while True:
         with warnings.catch_warnings():  # a start need not converge
             warnings.simplefilter("ignore", UserWarning)
             _, finer = potentials(x, y, blur, tol=1e-3, max_iter=200, init=g,
                                   weights=(a, weights))
-        found = balance(*cells.count(draw(check_draws), finer), weights)
+        candidate = finer + cells.eps*weights.log()  # the soft cells' prices contain it
+        found = balance(*cells.count(draw(check_draws), candidate), weights)
         if best is not None and found.excess > .9*best.excess:
-            return g, best
-        g, best = finer, found
+            return prices, best
+        g, prices, best = finer, candidate, found
         if blur == lowest:
-            return g, best
+            return prices, best
         blur = max(blur/2, lowest)
 
 # %% ../nbs/06b_dual_ascent.ipynb #06b-019

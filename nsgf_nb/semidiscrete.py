@@ -289,7 +289,7 @@ class SemidiscretePlan:
         n: int = None,  # fresh draws; None: ten for each point
         seed: int = 1,  # of a normal source
     ) -> float:  # in squared units of y
-        "D(g), an estimate of the transport cost; for blur > 0 with the entropy of the plan."
+        "D(g), an estimate of the transport cost; for blur > 0 it is W_ε, with ε·KL of the plan."
         g = self.require_prices()
         with seeded(seed):
             x = self._fresh(n, seed)
@@ -297,9 +297,10 @@ class SemidiscretePlan:
                 tops = torch.cat([self._cells.best(part, g)[0] for part in x.split(1024)])
             else:
                 tops = torch.cat([self._cells.log_normaliser(part, g) for part in x.split(1024)])
-                tops = tops + self._cells.eps*math.log(1/len(g))
-        half_squares = x.square().sum(1).mean()/2
-        return (half_squares - tops.mean() + (self.weights*g).sum()).item()
+            half_squares = x.square().sum(1).mean()/2
+        entropy = -(self.weights*self.weights.log()).sum()
+        return (half_squares - tops.mean() + (self.weights*g).sum()
+                + self._cells.eps*entropy).item()
 
     def _count(self, n, seed):
         g = self.require_prices()

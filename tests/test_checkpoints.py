@@ -27,7 +27,7 @@ from nsgf_nb.runs.checkpoints import (
     file_lock,
 )
 from nsgf_nb.targets import sample_2d
-from nsgf_nb.training import MLP, Loop, Trainer, seeded
+from nsgf_nb.training import MLP, Loop, Steps, Trainer, seeded
 
 TINY = dict(width=16, depth=2, batch_size=64, train_steps=30, device="cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -385,41 +385,39 @@ def test_tensors_that_do_not_fit_raise_an_error_that_names_the_file(tmp_path, ch
         loop(trainer(), progress=False)
 
 
-class Counter:
-    "The protocol of a trainer and nothing else: it counts, and its state lags behind."
+class Counter(Steps):
+    "No trainer: it counts, and its state lags behind."
 
-    def __init__(self):
+    def __init__(self, steps):
+        super().__init__(steps, torch.device("cpu"))
         self.net = torch.nn.Linear(1, 1)
         self.average = SimpleNamespace(module=self.net)
-        self.settings = {}
-        self.phases = {}
-        self.steps = 10
-        self.step = 0
-
-    @property
-    def losses(self):
-        return torch.arange(float(self.step))
 
     def __next__(self):
-        self.step += 1
+        self.record(float(self.step))
         return self.losses[-1]
 
     def state_dict(self):  # a stage has four steps
         return {"losses": self.losses[:self.step//4*4]}
 
     def load_state_dict(self, state):
-        self.step = len(state["losses"])
+        self.load_losses(state["losses"])
 
 
-def test_any_object_with_the_protocol_of_a_trainer_runs(tmp_path):
+def test_any_steps_run(tmp_path):
     loop = LongRun(tmp_path/"c", 0.)
-    counter = Counter()
-    counter.steps = 7
-    assert len(loop(counter, progress=False).losses) == 7
+    assert len(loop(Counter(7), progress=False).losses) == 7
     assert LongRun(tmp_path/"c").steps_done() == 4
-    resumed = Counter()
-    resumed.steps = 7
-    assert len(LongRun(tmp_path/"c")(resumed, progress=False).losses) == 7
+    assert len(LongRun(tmp_path/"c")(Counter(7), progress=False).losses) == 7
+
+
+def test_steps_that_are_done_early_stop_the_run(tmp_path):
+    class Early(Counter):
+        @property
+        def done(self):
+            return self.step == 3
+    for _ in range(2):  # the second time from the checkpoint
+        assert len(LongRun(tmp_path/"c", 0.)(Early(7), progress=False).losses) == 3
 
 
 def test_without_a_path_nothing_is_written(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from nsgf_nb import NSGF, NSGFPlusPlus
 from nsgf_nb.bench import image_experiments
 from nsgf_nb.bench.image_experiments import (
     IMAGE_EXPERIMENTS,
+    METHODS,
     ImageExperiment,
     load_model,
     measure_images,
@@ -61,21 +62,44 @@ def digits():
 # ---- experiments
 
 @pytest.mark.parametrize("data", ("digits", "mnist", "mnist-paper", "cifar10"))
-def test_the_three_methods_share_network_and_budget(data):
-    e, fm, ot = (IMAGE_EXPERIMENTS[data + suffix] for suffix in ("", "-fm", "-ot-cfm"))
-    assert (e.method, fm.method, ot.method) == ("nsgf++", "fm", "ot-cfm")
-    assert dataclasses.replace(fm, method="nsgf++") == dataclasses.replace(ot, method="nsgf++") == e
-    model = e.model(seed=3, device="cpu")
+def test_all_methods_share_network_and_budget(data):
+    e = IMAGE_EXPERIMENTS[data]
+    assert e.method == "nsgf"
+    for method in METHODS:
+        name = data if method == "nsgf" else f"{data}-{method}"
+        other = IMAGE_EXPERIMENTS[name]
+        assert other.method == method and dataclasses.replace(other, method="nsgf") == e
+        model = other.model(seed=3, device="cpu")
+        if method.startswith("nsgfpp"):
+            configs = [model.sinkhorn.config, model.straight.config]
+        else:
+            configs = [model.config]
+        assert sum(config.train_steps for config in configs) == e.train_steps
+        assert {config.seed for config in configs} == {3}
+        for key in ("channels", "mult", "blocks", "attention", "batch_size", "patch", "flip"):
+            assert {getattr(config, key) for config in configs} == {
+                getattr(e.model(device="cpu").config, key)}
+
+
+@pytest.mark.parametrize("method, coupling", (
+    ("nsgf", "population"), ("nsgf-minibatch", "minibatch"), ("fm", "independent"),
+    ("ot-cfm", "ot"), ("fm-population", "population"),
+))
+def test_couplings(method, coupling):
+    e = dataclasses.replace(IMAGE_EXPERIMENTS["digits"], method=method)
+    assert e.model(device="cpu").config.coupling == coupling
+
+
+@pytest.mark.parametrize("method, couplings", (
+    ("nsgfpp", ("minibatch", "independent")), ("nsgfpp-flow", ("population", "population")),
+))
+def test_both_variants_of_nsgfpp(method, couplings):
+    e = dataclasses.replace(IMAGE_EXPERIMENTS["digits"], method=method)
+    model = e.model(device="cpu")
     sinkhorn, straight = model.sinkhorn.config, model.straight.config
-    assert sinkhorn.train_steps + straight.train_steps == e.train_steps
-    assert sinkhorn.sample_steps <= 5
-    assert {part.config.seed for part in model.parts.values()} == {3}
-    alone = fm.model(device="cpu").config
-    assert alone.train_steps == e.train_steps and alone.coupling == "independent"
-    assert ot.model(device="cpu").config.coupling == "ot"
-    for name in ("channels", "mult", "blocks", "attention", "batch_size", "patch", "flip"):
-        assert getattr(sinkhorn, name) == getattr(straight, name) == getattr(alone, name)
-    assert sinkhorn.lr == e.sinkhorn_lr*straight.lr == e.sinkhorn_lr*alone.lr
+    assert (sinkhorn.coupling, straight.coupling) == couplings
+    assert sinkhorn.sample_steps <= 5 and sinkhorn.lr == e.sinkhorn_lr*straight.lr
+    assert ("predictor" in model.parts) == (method == "nsgfpp")
 
 
 # ---- network calls
@@ -134,20 +158,22 @@ class Stub:
         self.x = x
         self.calls = []
 
-    def sample(self, n, seed=0, x0=None, steps=None):
-        self.calls.append((n, steps, seed))
+    def sample(self, n, seed=0, x0=None, steps=None, time_power=1.):
+        self.calls.append((n, steps, seed, time_power))
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(seed))
         return self.x[order[:n]]
 
 
-E = ImageExperiment("digits", {}, 1, samples=300, draws=2, nfe=(5,))
+E = ImageExperiment("digits", {}, 1, samples=300, draws=2, nfe=(5,), nfe_equal=())
 
 
 def test_real_images_are_as_good_as_real_ones(digits):
-    model = Stub(load_images("digits", "test"))
-    e = dataclasses.replace(E, samples=len(model.x), nfe=(5, 60))
-    result = measure_images(e, model, digits, seed=1)
-    assert list(result["nfe"]) == ["5", "60"] and len(result["floor"]["values"]) == 3
+    test = load_images("digits", "test")
+    model = Stub(test)
+    e = dataclasses.replace(E, samples=len(model.x), nfe=(5, 60), nfe_equal=(5,))
+    result = measure_images(e, model, digits, seed=1, test=test)
+    assert list(result["nfe"]) == ["5", "60"] and list(result["nfe_equal"]) == ["5"]
+    assert len(result["floor"]["values"]) == 3
     assert result["samples"] == len(model.x) and result["split"] == "train"
     for measured in result["nfe"].values():
         assert len(measured["frechet"]["values"]) == 2
@@ -156,8 +182,11 @@ def test_real_images_are_as_good_as_real_ones(digits):
             assert abs(measured[name] - result["real"][name]) < .12
         assert measured["confident"] == sum(measured["histogram"])/(2*e.samples) > .9
         assert min(measured["histogram"]) > 20 and .05 < measured["nearest"] < .4
-    assert {seed for _, _, seed in model.calls} == {1_001_000, 1_001_001}  # the same for each NFE
-    assert [steps for _, steps, _ in model.calls] == [5, 5, 60, 60]
+        assert measured["frechet_test"]["mean"] < .1*measured["frechet"]["mean"]  # the same images
+        assert measured["nearest"] == pytest.approx(result["real"]["nearest"], rel=.1)
+    assert {call[2] for call in model.calls} == {1_001_000, 1_001_001}  # the same for each NFE
+    assert [call[1] for call in model.calls] == [5, 5, 60, 60, 5, 5]
+    assert [call[3] for call in model.calls] == [2., 2., 2., 2., 1., 1.]
     json.dumps(result, allow_nan=False)
 
 
@@ -225,7 +254,7 @@ def test_a_file_says_what_it_is(tmp_path, monkeypatch, both, straight):
 
 def small(experiment, **changes):
     return dataclasses.replace(experiment, net=NET, train_steps=8, samples=64, draws=2, nfe=(5,),
-                               **changes)
+                               nfe_equal=(3,), **changes)
 
 
 def strict_json(path):
@@ -234,7 +263,7 @@ def strict_json(path):
 
 @few_points
 def test_a_run_in_one_go_and_in_parts(tmp_path, digits, capsys):
-    e = small(IMAGE_EXPERIMENTS["digits"])
+    e = small(IMAGE_EXPERIMENTS["digits-nsgfpp"])
     result = run_images("digits", e, out=tmp_path/"one", device="cpu", data=digits)
     folder = tmp_path/"one"/"digits"/"seed0"
     written = {path.name for path in folder.iterdir()}
@@ -259,13 +288,27 @@ def test_a_run_in_one_go_and_in_parts(tmp_path, digits, capsys):
 
 
 @few_points
-@pytest.mark.parametrize("method", ("fm", "ot-cfm"))
-def test_a_run_of_flow_matching(tmp_path, digits, method):
+@pytest.mark.parametrize("method, kind", (
+    ("fm", FlowMatching), ("ot-cfm", FlowMatching), ("fm-population", FlowMatching),
+    ("nsgf", NSGF), ("nsgf-minibatch", NSGF), ("nsgfpp-flow", NSGFPlusPlus),
+))
+def test_a_run_of_each_method(tmp_path, digits, method, kind):
     e = small(IMAGE_EXPERIMENTS["digits"], method=method)
-    result = run_images("x", e, seed=1, out=tmp_path, device="cpu", data=digits, progress=False)
-    assert set(result["phases"]) == {"straight"} and "growing_steps" in result["measured"]
-    assert type(load_model(tmp_path/"x/seed1/model.safetensors")) is FlowMatching
+    result = run_images("x", e, seed=1, out=tmp_path, device="cpu", data=digits[:300],
+                        progress=False)
+    assert set(result["measured"]["nfe_equal"]) == {"3"}
+    model = load_model(tmp_path/"x/seed1/model.safetensors", "cpu")
+    assert type(model) is kind
     strict_json(tmp_path/"x"/"seed1"/"result.json")
+    plans = list(tmp_path.glob("plans/*.safetensors"))
+    assert len(plans) == (method in ("nsgf", "fm-population", "nsgfpp-flow"))
+    if plans:
+        assert max(phase.get("couplings", 0) for phase in result["phases"].values()) > 0
+        x = sample_images(model, 3, 5)
+        again = run_images("y", e, seed=1, out=tmp_path, device="cpu", data=digits[:300],
+                           progress=False)  # with the plan that is there
+        assert again["measured"]["nfe"]["5"]["frechet"] == result["measured"]["nfe"]["5"]["frechet"]
+        assert torch.equal(sample_images(load_model(tmp_path/"y/seed1/model.safetensors"), 3, 5), x)
 
 
 @few_points
@@ -284,14 +327,14 @@ def test_cifar10_at_smoke_size(tmp_path, monkeypatch):
     def no_weights(*arguments, **options):
         raise RuntimeError("the Inception weights could not be fetched")
     monkeypatch.setattr(image_experiments, "inception_scores", no_weights)
-    e = IMAGE_EXPERIMENTS["cifar10"]
+    e = IMAGE_EXPERIMENTS["cifar10-nsgfpp"]
     with pytest.warns(UserWarning, match="not measured"):
-        result = run_images("cifar10", e, data=images(70, (3, 32, 32)), out=tmp_path, device="cpu",
+        result = run_images("cifar10-nsgfpp", e, data=images(70, (3, 32, 32)), out=tmp_path, device="cpu",
                             quick=True, progress=False)
     assert "Inception weights" in result["measured"]["not_measured"]
-    assert result["command"] == "nsgf train cifar10 --seeds 0 --quick"
-    strict_json(tmp_path/"cifar10"/"seed0"/"result.json")
-    model = load_model(tmp_path/"cifar10/seed0/model.safetensors", "cpu")
+    assert result["command"] == "nsgf train cifar10-nsgfpp --seeds 0 --quick"
+    strict_json(tmp_path/"cifar10-nsgfpp"/"seed0"/"result.json")
+    model = load_model(tmp_path/"cifar10-nsgfpp/seed0/model.safetensors", "cpu")
     x, nfe = model.sample(2, return_nfe=True)
     assert x.shape == (2, 3, 32, 32) and nfe.tolist() == [10, 10]
     config = model.straight.config
@@ -312,7 +355,7 @@ def test_train_by_command(nsgf):
     for _ in range(2):  # the second time everything is there already
         code, out, err = nsgf("train", "digits", "--quick", "--out", "tmp")
         assert code == 0 and not err and "wrote tmp/digits/seed0/" in out, (out, err)
-    assert type(load_model("tmp/digits/seed0/model.safetensors")) is NSGFPlusPlus
+    assert type(load_model("tmp/digits/seed0/model.safetensors")) is NSGF
 
 
 def test_sample_by_command(nsgf, both):

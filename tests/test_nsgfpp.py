@@ -273,9 +273,10 @@ def test_float64_images_stay_float64():
 
 
 def test_settings_reach_all_parts_that_have_them():
-    model = tiny(lr=5e-4, t_end=.3, coupling="ot")
+    model = tiny(lr=5e-4, t_end=.3, path="trigonometric", coupling="population")
     assert {part.config.lr for part in model.parts.values()} == {5e-4}
-    assert model.sinkhorn.config.t_end == .3 and model.straight.config.coupling == "ot"
+    assert model.sinkhorn.config.t_end == .3 and model.straight.config.path == "trigonometric"
+    assert model.sinkhorn.config.coupling == model.straight.config.coupling == "population"
 
 
 @pytest.mark.parametrize("settings, error, words", (

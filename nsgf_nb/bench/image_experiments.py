@@ -118,7 +118,7 @@ _MNIST_PAPER = dict(_ON_GPU, channels=32, mult=(1, 2, 2), batch_size=256)
 _CIFAR10 = dict(_ON_GPU, channels=128, mult=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=.1,
                 batch_size=128, flip=True)
 _EXPERIMENTS = {
-    "digits": ImageExperiment("digits", _SMALL, 6000, samples=749, draws=5),
+    "digits": ImageExperiment("digits", _SMALL, 4500, samples=749, draws=5),
     "mnist": ImageExperiment("mnist", dict(_SMALL, patch=2, lr=2e-3), 10_000, plan_rank=154),
     "mnist-paper": ImageExperiment("mnist", _MNIST_PAPER, 100_000, samples=30_000),
     "cifar10": ImageExperiment("cifar10", _CIFAR10, 400_000, samples=50_000),
