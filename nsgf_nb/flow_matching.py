@@ -15,17 +15,13 @@ import torch
 from torch import Tensor
 
 from .data import Batches, PairPool
-from .flow import integrate
+from .flow import beside, integrate
 from .nsgf import VelocityModel, rows_per_call
 from .semidiscrete import SemidiscretePlan, check_plan
 from .sinkhorn import cost, potentials
 from .training import Loop, TrainConfig, setting
 
 # %% ../nbs/09_flow_matching.ipynb #09-008
-def _beside(t, x):
-    "t (B,) with as many dimensions as x (B, *shape)."
-    return t.view(-1, *[1]*(x.ndim - 1))
-
 def straight_path(
     x0: Tensor,  # source points (B, *shape)
     x1: Tensor,  # data points (B, *shape)
@@ -33,7 +29,7 @@ def straight_path(
 ) -> tuple:  # x_t and its derivative in t, each (B, *shape)
     "(1 − t)·x_0 + t·x_1."
     velocity = x1 - x0
-    return x0 + velocity*_beside(t, x0), velocity
+    return x0 + velocity*beside(t, x0), velocity
 
 def trigonometric_path(
     x0: Tensor,  # source points (B, *shape)
@@ -41,7 +37,7 @@ def trigonometric_path(
     t: Tensor,  # times in [0, 1] (B,)
 ) -> tuple:  # x_t and its derivative in t, each (B, *shape)
     "cos(πt/2)·x_0 + sin(πt/2)·x_1."
-    angle = _beside(math.pi/2*t, x0)
+    angle = beside(math.pi/2*t, x0)
     velocity = math.pi/2*(angle.cos()*x1 - angle.sin()*x0)
     return angle.cos()*x0 + angle.sin()*x1, velocity
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .data import Batches, PairPool, PairSampler, Standardizer, as_sampler, check_sample
 from .files import load_tensors, save_tensors
-from .flow import FlowSettings, PoolRecipe, TrajectoryPool, integrate
+from .flow import FlowSettings, PoolRecipe, TrajectoryPool, beside, integrate
 from .semidiscrete import SemidiscretePlan, check_plan, population_pairs
 from nsgf_nb.training import (
     Loop,
@@ -409,5 +409,5 @@ class NSGF(VelocityModel):
             x, y = pool(c.batch_size)
             t = visited_times(len(x), c.pool_steps, generator)
             move = c.t_end*(y - x)
-            return x + move*t.view(-1, *[1]*(x.ndim - 1)), t, move
+            return x + beside(t, x)*move, t, move
         return Batches(draw, [generator])

@@ -12,7 +12,8 @@ from torch.testing import assert_close
 from nsgf_nb.flow import FlowSettings, PoolRecipe, TrajectoryPool, integrate, particle_flow
 from nsgf_nb.sinkhorn import velocity
 
-ORDER = {"euler": 1, "midpoint": 2, "heun": 2}  # and the calls of each step
+ORDER = {"euler": 1, "adams": 2, "midpoint": 2, "heun": 2}
+CALLS = {"euler": 1, "adams": 1, "midpoint": 2, "heun": 2}  # of each step
 STARTS = torch.tensor([0., .1, .5, .9, 1.], dtype=torch.float64)
 each_method = pytest.mark.parametrize("method", ORDER)
 
@@ -127,10 +128,23 @@ def test_time_power_sets_the_ends_of_the_steps(method):
     start = torch.tensor([0., .4, 1.], dtype=torch.float64)
     v = Counted(doubles(3, 2))
     _, nfe = integrate(v, v.x, 5, method, start, time_power=2.5)
-    assert torch.equal(v.rows, nfe) and nfe.tolist() == [5*ORDER[method]]*3
+    assert torch.equal(v.rows, nfe) and nfe.tolist() == [5*CALLS[method]]*3
     for k in range(5):
         expected = start + (1 - start)*(k/5)**2.5
-        assert_close(v.times[k*ORDER[method]], expected, rtol=1e-6, atol=1e-6)
+        assert_close(v.times[k*CALLS[method]], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_adams_remembers_the_last_slope():
+    x = doubles(3, 2)
+    widths = torch.tensor([.2, .3], dtype=torch.float64)
+    first = field(x, torch.zeros(3, dtype=torch.float64))
+    middle = x + widths[0]*first
+    second = field(middle, torch.full((3,), .2, dtype=torch.float64))
+    change = second + widths[1]/(2*widths[0])*(second - first)
+    end, _ = integrate(field, x, method="adams", times=[0., .2, .5])
+    assert_close(end, middle + widths[1]*change, rtol=1e-12, atol=1e-12)
+    one, _ = integrate(field, x, 1, "adams")
+    assert_close(one, integrate(field, x, 1, "euler")[0])
 
 
 SIZES = (.07, .1, .3, 1.)
@@ -145,7 +159,7 @@ def test_nfe_is_what_the_field_saw(method, options):
     assert torch.equal(v.rows, nfe)
     assert len(v.times) == nfe.max()  # one call for all that are not yet there
     assert max(t.max() for t in v.times) <= 1
-    steps = nfe//ORDER[method]
+    steps = nfe//CALLS[method]
     if "step_size" in options:
         width = options["step_size"]
         needed = [max(1, math.ceil((1 - s)/width - 1e-3)) for s in start.tolist()]
@@ -175,8 +189,8 @@ def test_a_list_of_times(method):
     times = [.1, .25, .7, .9]
     states, nfe = integrate(v, v.x, method=method, times=times, trajectory=True)
     assert states.shape == (4, 4, 3) and torch.equal(v.rows, nfe)
-    assert nfe.tolist() == [3*ORDER[method]]*4
-    assert torch.stack(v.times[::ORDER[method]])[:, 0].tolist() == times[:3]
+    assert nfe.tolist() == [3*CALLS[method]]*4
+    assert torch.stack(v.times[::CALLS[method]])[:, 0].tolist() == times[:3]
     even = [k/8 for k in range(9)]
     by_times = integrate(field, v.x, method=method, times=even)[0]
     assert_close(by_times, integrate(field, v.x, 8, method)[0], rtol=1e-12, atol=1e-12)
@@ -209,7 +223,7 @@ def test_dopri5_without_torchdiffeq_says_what_to_install(monkeypatch):
 
 @pytest.mark.parametrize("options, message", (
     (dict(steps=0), "steps.*0"), (dict(steps=-2), "steps.*-2"),
-    (dict(method="rk4"), "method.*euler, midpoint, heun, dopri5.*'rk4'"),
+    (dict(method="rk4"), "method.*euler, adams, midpoint, heun, dopri5.*'rk4'"),
     (dict(method=None), "method"), (dict(step_size=0.), "step_size.*0"),
     (dict(step_size=-.1), "step_size.*-0.1"), (dict(step_size=1.5), "step_size.*1.5"),
     (dict(step_size=math.nan), "step_size"), (dict(t_start=-.1), "t_start.*-0.1"),

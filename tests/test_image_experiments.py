@@ -329,8 +329,8 @@ def test_cifar10_at_smoke_size(tmp_path, monkeypatch):
     monkeypatch.setattr(image_experiments, "inception_scores", no_weights)
     e = IMAGE_EXPERIMENTS["cifar10-nsgfpp"]
     with pytest.warns(UserWarning, match="not measured"):
-        result = run_images("cifar10-nsgfpp", e, data=images(70, (3, 32, 32)), out=tmp_path, device="cpu",
-                            quick=True, progress=False)
+        result = run_images("cifar10-nsgfpp", e, data=images(70, (3, 32, 32)), out=tmp_path,
+                            device="cpu", quick=True, progress=False)
     assert "Inception weights" in result["measured"]["not_measured"]
     assert result["command"] == "nsgf train cifar10-nsgfpp --seeds 0 --quick"
     strict_json(tmp_path/"cifar10-nsgfpp"/"seed0"/"result.json")

@@ -1,4 +1,4 @@
-"""Plans to a whole data set: cells in blocks, resume to the bit, wrong input, models that use them."""
+"""Plans to a whole data set: cells in blocks, resume to the bit, wrong input, models with plans."""
 import math
 
 import pytest
