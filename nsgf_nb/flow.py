@@ -97,7 +97,7 @@ def _integrate_adaptive(v, x, t_start, tol):
         from torchdiffeq import odeint
     except ImportError:
         raise ImportError("method='dopri5' needs torchdiffeq: pip install torchdiffeq") from None
-    left = (1 - t_start).view(-1, *[1]*(x.ndim - 1))
+    left = beside(1 - t_start, x)
     calls = 0
 
     def rescaled(s, x):

@@ -7,6 +7,7 @@ __all__ = ['PlanConfig', 'check_distinct', 'check_weights', 'principal_direction
            'population_pairs']
 
 # %% ../nbs/06c_semidiscrete.ipynb #06c-004
+import hashlib
 import math
 import time
 import warnings
@@ -125,16 +126,17 @@ class SemidiscretePlan:
         self.y = y
         self.weights = weights.to(self.device)
         flat = y.flatten(1)
-        self._mean = flat.float().mean(0).to(self.device)
+        self._mean = flat.double().mean(0).to(self.device)
         self._basis = None
         if self.config.rank:
-            centred = flat.float() - self._mean.to(flat.device)
+            centred = (flat.double() - self._mean.to(flat.device)).float()
             self._basis = principal_directions(centred, self.config.rank).to(self.device)
-        self._cells = Cells(self._project(flat).to(y.device), self.config.blur)
+        projected = [self._project(part).to(y.device) for part in flat.split(2**16)]
+        self._cells = Cells(torch.cat(projected), self.config.blur)
 
     def _project(self, x):
         "Points (n, D) as the cost sees them (n, D or rank)."
-        x = x.to(self._mean) - self._mean
+        x = (x.to(self._mean) - self._mean).float()
         return x if self._basis is None else x @ self._basis
 
     def _draws(self, source, generator):
@@ -153,7 +155,7 @@ class SemidiscretePlan:
 
     def fit(
         self,
-        y: Tensor,  # distinct points (N, *shape), N at least 2
+        y: Tensor,  # distinct points (N, *shape), N at least 2; they stay on their device
         source=None,  # tensor, Dataset or function n -> (n, *shape); None: N(0, I)
         weights: Tensor = None,  # of the points (N,), of sum 1; equal ones where None
         init: "SemidiscretePlan" = None,  # a fitted plan to the first of these points
@@ -186,7 +188,9 @@ class SemidiscretePlan:
 
     def _identity(self):
         "What must be equal when a checkpoint is resumed."
-        return dict(model="SemidiscretePlan", points=list(self.y.shape), **asdict(self.config))
+        points = hashlib.sha256(self.y.cpu().contiguous().numpy()).hexdigest()[:12]
+        return dict(model="SemidiscretePlan", points=f"{tuple(self.y.shape)}, {points}",
+                    **asdict(self.config))
 
     def _start(self, draw, init, resumed, phases):
         "Prices to start from, and their `Balance`; a checkpoint will replace them."

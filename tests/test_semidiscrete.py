@@ -11,6 +11,7 @@ from nsgf_nb.flow_matching import FlowMatching
 from nsgf_nb.nsgf import visited_times
 from nsgf_nb.runs.checkpoints import LongRun
 from nsgf_nb.semidiscrete import SemidiscretePlan, check_distinct, principal_directions
+from nsgf_nb.sinkhorn import potentials
 
 N, D = 60, 3
 
@@ -190,6 +191,13 @@ def test_units_and_offsets_do_not_matter(hard):
     assert same.float().mean() > .85
 
 
+def test_a_large_offset_costs_no_digits(hard):
+    y = points().double()
+    plan = fitted(y + 1e7, lambda n: torch.randn(n, D, dtype=torch.float64) + 1e7, tol=.01)
+    x = points(500, 4).double()
+    assert (plan.partners(x + 1e7) == hard.partners(x.float())).float().mean() > .85
+
+
 def test_a_low_rank_keeps_the_marginals_exact():
     y = normal(200, 30)*2*torch.exp(-torch.arange(30.)/5)
     whole, low = fitted(y, tol=.03), fitted(y, tol=.03, rank=8)
@@ -227,8 +235,9 @@ def test_a_plan_that_is_stopped_half_way_resumes_to_the_bit(tmp_path):
     resumed = fitted(loop=LongRun(tmp_path/"c"), **settings)
     assert torch.equal(resumed.g, whole.g) and resumed.checks == whole.checks
     assert len(whole.checks) > 1
-    with pytest.raises(ValueError, match="another run.*points"):
-        fitted(points(N + 1), loop=LongRun(tmp_path/"c"), **settings)
+    for other in (points(N + 1), points(seed=8)):
+        with pytest.raises(ValueError, match="another run.*points"):
+            fitted(other, loop=LongRun(tmp_path/"c"), **settings)
 
 
 def test_added_points_start_from_known_prices(hard):
@@ -285,6 +294,11 @@ def test_bad_settings(settings, error, words):
 def test_a_plan_to_other_points_is_no_start(hard):
     with pytest.raises(ValueError, match="init.*first points"):
         fitted(points(N, 7), init=hard)
+
+
+def test_soft_costs_are_those_of_the_potentials(soft):
+    f, g = potentials(points(20_000, 6), points(), .4)
+    assert soft.cost(40_000) == pytest.approx((f.mean() + g.mean()).item(), rel=.03)
 
 
 def test_before_fit_and_wrong_draws(hard):
