@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from .files import with_prefix, without_prefix
 from .sinkhorn import potentials
-from .training import Steps, with_prefix, without_prefix
+from .training import Steps
 
 # %% ../nbs/06b_dual_ascent.ipynb #06b-008
 BLOCK = {"cpu": 2**23, "cuda": 2**27}  # scores that are held at once

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from .data import Batches, PairPool
 from .flow import beside, integrate
-from .nsgf import VelocityModel, rows_per_call
+from .nsgf import FieldConfig, VelocityModel, rows_per_call
 from .semidiscrete import SemidiscretePlan, check_plan
 from .sinkhorn import cost, potentials
-from .training import Loop, TrainConfig, setting
+from .training import Loop, setting
 
 # %% ../nbs/09_flow_matching.ipynb #09-008
 def straight_path(
@@ -86,9 +86,8 @@ def _ends_of(teacher, sampler, ode_steps):
 COUPLINGS = ("independent", "ot", "entropic", "population", "reflow")
 
 @dataclass(frozen=True)
-class FlowMatchingConfig(TrainConfig):
+class FlowMatchingConfig(FieldConfig):
     "Settings of a `FlowMatching` run."
-    sample_steps: int = setting(10, at_least=1)  # Euler steps of sampling
     coupling: str = setting("independent", choices=COUPLINGS)
     path: str = setting("straight", choices=tuple(PATHS))
     minibatch: int = setting(256, at_least=1)  # of "ot": points of each side that are paired

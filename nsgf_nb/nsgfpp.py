@@ -12,10 +12,16 @@ import torch
 from torch import Tensor
 
 from .data import Batches, as_sampler, stack_dataset
-from .files import load_tensors, pretrained_path, save_tensors
+from nsgf_nb.files import (
+    load_tensors,
+    pretrained_path,
+    save_tensors,
+    with_prefix,
+    without_prefix,
+)
 from .flow_matching import FlowMatching, FlowMatchingConfig, random_times, straight_path
 from .nsgf import NSGF, Model, NSGFConfig
-from .training import TrainConfig, find_device, seeded, with_prefix, without_prefix
+from .training import TrainConfig, find_device, seeded
 from .unet import TimeNet
 
 # %% ../nbs/12_nsgfpp.ipynb #12-009

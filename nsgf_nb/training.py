@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FourierFeatures', 'MLP', 'setting', 'check_settings', 'TrainConfig', 'replace_settings', 'make_network',
            'find_device', 'seeded', 'learning_rate', 'moving_average', 'matching_loss', 'Steps', 'Trainer',
-           'with_prefix', 'without_prefix', 'optimiser_tensors', 'load_optimiser_tensors', 'explain_memory',
-           'FitResult', 'check_loss', 'Loop', 'progress_bar', 'show_loss', 'fit_result']
+           'optimiser_tensors', 'load_optimiser_tensors', 'explain_memory', 'FitResult', 'check_loss', 'Loop',
+           'progress_bar', 'show_loss', 'fit_result']
 
 # %% ../nbs/06_training.ipynb #06-004
 import math
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
+
+from .files import with_prefix, without_prefix
 
 # %% ../nbs/06_training.ipynb #06-007
 class FourierFeatures(nn.Module):
@@ -352,21 +354,6 @@ class Trainer(Steps):
         self.load_losses(state["losses"])
 
 # %% ../nbs/06_training.ipynb #06-027
-def with_prefix(
-    prefix: str,
-    tensors: dict,  # name -> tensor
-) -> dict:
-    "The tensors, with `prefix` and a dot before their names."
-    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
-
-def without_prefix(
-    prefix: str,
-    tensors: dict,  # name -> tensor
-) -> dict:
-    "The tensors whose names begin with `prefix` and a dot, by the remainder of their names."
-    start = len(prefix) + 1
-    return {name[start:]: t for name, t in tensors.items() if name.startswith(prefix + ".")}
-
 def optimiser_tensors(
     optimiser: torch.optim.Optimizer,
 ) -> dict:  # such as "3.exp_avg" -> tensor

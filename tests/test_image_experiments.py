@@ -158,21 +158,21 @@ class Stub:
         self.x = x
         self.calls = []
 
-    def sample(self, n, seed=0, x0=None, steps=None, time_power=1.):
-        self.calls.append((n, steps, seed, time_power))
+    def sample(self, n, seed=0, x0=None, steps=None, method="euler", time_power=1.):
+        self.calls.append((n, steps, seed, method, time_power))
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(seed))
         return self.x[order[:n]]
 
 
-E = ImageExperiment("digits", {}, 1, samples=300, draws=2, nfe=(5,), nfe_equal=())
+E = ImageExperiment("digits", {}, 1, samples=300, draws=2, nfe=(5,), nfe_euler=())
 
 
 def test_real_images_are_as_good_as_real_ones(digits):
     test = load_images("digits", "test")
     model = Stub(test)
-    e = dataclasses.replace(E, samples=len(model.x), nfe=(5, 60), nfe_equal=(5,))
+    e = dataclasses.replace(E, samples=len(model.x), nfe=(5, 60), nfe_euler=(5,))
     result = measure_images(e, model, digits, seed=1, test=test)
-    assert list(result["nfe"]) == ["5", "60"] and list(result["nfe_equal"]) == ["5"]
+    assert list(result["nfe"]) == ["5", "60"] and list(result["nfe_euler"]) == ["5"]
     assert len(result["floor"]["values"]) == 3
     assert result["samples"] == len(model.x) and result["split"] == "train"
     for measured in result["nfe"].values():
@@ -186,7 +186,8 @@ def test_real_images_are_as_good_as_real_ones(digits):
         assert measured["nearest"] == pytest.approx(result["real"]["nearest"], rel=.1)
     assert {call[2] for call in model.calls} == {1_001_000, 1_001_001}  # the same for each NFE
     assert [call[1] for call in model.calls] == [5, 5, 60, 60, 5, 5]
-    assert [call[3] for call in model.calls] == [2., 2., 2., 2., 1., 1.]
+    assert [call[3] for call in model.calls] == ["adams"]*4 + ["euler"]*2
+    assert {call[4] for call in model.calls} == {2.}
     json.dumps(result, allow_nan=False)
 
 
@@ -254,7 +255,7 @@ def test_a_file_says_what_it_is(tmp_path, monkeypatch, both, straight):
 
 def small(experiment, **changes):
     return dataclasses.replace(experiment, net=NET, train_steps=8, samples=64, draws=2, nfe=(5,),
-                               nfe_equal=(3,), **changes)
+                               nfe_euler=(3,), **changes)
 
 
 def strict_json(path):
@@ -296,7 +297,7 @@ def test_a_run_of_each_method(tmp_path, digits, method, kind):
     e = small(IMAGE_EXPERIMENTS["digits"], method=method)
     result = run_images("x", e, seed=1, out=tmp_path, device="cpu", data=digits[:300],
                         progress=False)
-    assert set(result["measured"]["nfe_equal"]) == {"3"}
+    assert set(result["measured"]["nfe_euler"]) == {"3"}
     model = load_model(tmp_path/"x/seed1/model.safetensors", "cpu")
     assert type(model) is kind
     strict_json(tmp_path/"x"/"seed1"/"result.json")

@@ -120,6 +120,23 @@ def test_large_samples_are_split_without_a_trace(model):
     assert torch.equal(model.sample(5000, trajectory=True)[-1], model.sample(5000))
 
 
+def test_the_config_says_how_to_sample(model):
+    x0 = normal(9, 2)
+    other = dataclasses.replace(model.config, sample_method="adams", time_power=2.)
+    expected = model.sample(x0=x0, method="adams", time_power=2.)
+    euler = model.sample(x0=x0)
+    before = model.config
+    model.config = other
+    try:
+        assert torch.equal(model.sample(x0=x0), expected)
+        assert torch.equal(model.sample(x0=x0, method="euler", time_power=1.), euler)
+    finally:
+        model.config = before
+    assert not torch.equal(expected, euler)
+    with pytest.raises(ValueError, match="sample_method must be one of euler, adams.*'rk4'"):
+        NSGF(sample_method="rk4")
+
+
 def test_network_calls_are_counted(model):
     _, nfe = model.sample(5, steps=3, return_nfe=True, method="heun")
     assert nfe.tolist() == [6]*5

@@ -18,15 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data import Batches, PairSampler, ShuffledRows
-from ..nsgf import VelocityModel
+from ..files import with_prefix, without_prefix
+from ..nsgf import FieldConfig, VelocityModel
 from nsgf_nb.training import (
     Steps,
-    TrainConfig,
     Trainer,
     check_settings,
     setting,
-    with_prefix,
-    without_prefix,
 )
 
 # %% ../../nbs/43_gradient_flows.ipynb #43-007
@@ -63,7 +61,7 @@ class Chain(nn.Module):
 
 # %% ../../nbs/43_gradient_flows.ipynb #43-010
 @dataclass(frozen=True)
-class StagedConfig(TrainConfig):
+class StagedConfig(FieldConfig):
     "Settings that the gradient flows have in common."
     sample_steps: int = setting(100, at_least=1)  # Euler steps of sampling
     stages: int = setting(100, at_least=1)  # steps K of the gradient flow
