@@ -24,6 +24,7 @@ from nsgf_nb.dual_ascent import (
     balance,
     check_size,
     coarse_prices,
+    count_draws,
     extended_prices,
 )
 from .files import load_tensors, save_tensors
@@ -295,27 +296,30 @@ class SemidiscretePlan:
     ) -> float:  # in squared units of y
         "D(g), an estimate of the transport cost; for blur > 0 it is W_ε, with ε·KL of the plan."
         g = self.require_prices()
+        n = n or 10*len(self.y)
+        total = 0.
         with seeded(seed):
-            x = self._fresh(n, seed)
-            if self.config.blur == 0:
-                tops = torch.cat([self._cells.best(part, g)[0] for part in x.split(1024)])
-            else:
-                tops = torch.cat([self._cells.log_normaliser(part, g) for part in x.split(1024)])
-            half_squares = x.square().sum(1).mean()/2
+            draw = self._fresh_draws(seed)
+            for first in range(0, n, 1024):
+                x = draw(min(1024, n - first))
+                if self.config.blur == 0:
+                    tops, _ = self._cells.best(x, g)
+                else:
+                    tops = self._cells.log_normaliser(x, g)
+                total += (x.square().sum(1)/2 - tops[:, 0]).sum().item()
         entropy = -(self.weights*self.weights.log()).sum()
-        return (half_squares - tops.mean() + (self.weights*g).sum()
-                + self._cells.eps*entropy).item()
+        return total/n + ((self.weights*g).sum() + self._cells.eps*entropy).item()
 
     def _count(self, n, seed):
         g = self.require_prices()
         with seeded(seed):
-            return self._cells.count(self._fresh(n, seed), g)
+            return count_draws(self._cells, g, self._fresh_draws(seed), n or 10*len(self.y))
 
-    def _fresh(self, n, seed):
-        "Fresh draws as the cost sees them (n, D)."
+    def _fresh_draws(self, seed):
+        "A function n -> draws as the cost sees them (n, D)."
         generator = torch.Generator(self.device if self.source is None else "cpu")
         draw, _ = self._draws(self.source, generator.manual_seed(seed))
-        return draw(n or 10*len(self.y))
+        return draw
 
     def save(
         self,

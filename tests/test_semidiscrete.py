@@ -6,7 +6,15 @@ import torch
 from conftest import rewrite
 
 from nsgf_nb import NSGF, NSGFPlusPlus, dual_ascent
-from nsgf_nb.dual_ascent import Balance, Cells, DualAscent, balance, coarse_prices, extended_prices
+from nsgf_nb.dual_ascent import (
+    Balance,
+    Cells,
+    DualAscent,
+    balance,
+    coarse_prices,
+    count_draws,
+    extended_prices,
+)
 from nsgf_nb.flow_matching import FlowMatching
 from nsgf_nb.nsgf import visited_times
 from nsgf_nb.runs.checkpoints import LongRun
@@ -133,7 +141,7 @@ def test_sinkhorn_starts_better_than_equal_prices():
         return torch.randn(n, D, generator=stream)*2 + 1
     b = torch.full((N,), 1/N)
     cells = Cells(points())
-    equal = balance(*cells.count(draw(5000), torch.zeros(N)), b)
+    equal = balance(*count_draws(cells, torch.zeros(N), draw, 5000), b)
     g, found = coarse_prices(cells, b, draw, 1000, 5000)
     assert found.excess < .2*equal.excess
     _, added = extended_prices(cells, b, draw, 1000, 5000, g[:50])
