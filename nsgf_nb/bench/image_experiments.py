@@ -329,11 +329,7 @@ def _missing(model, folder):
             if _steps_done(folder/f"{name}.checkpoint") < part.config.train_steps]
 
 def _shared_plan(experiment, model, data, folder, progress):
-    "The plan to all training images that the runs in a folder share; None if this one has none."
-    if experiment.method not in ("nsgf", "nsgfpp-flow", "fm-population"):
-        return None
-    if isinstance(model, NSGFPlusPlus):
-        model = model.sinkhorn
+    "The plan to all training images that the runs in a folder share."
     path = folder/f"{experiment.data}-{len(data)}-rank{experiment.plan_rank}.safetensors"
     with file_lock(writable_folder(folder)/path.name, wait=3600.):
         if not path.exists():
@@ -346,15 +342,16 @@ def _train(experiment, seed, device, data, parts, folder, pool, progress):
     "The trained model; None if other processes still have to train some of its parts."
     model = experiment.model(seed, device)
     loops = _loops(model, folder)
+    first = model.sinkhorn if isinstance(model, NSGFPlusPlus) else model
     options = {}
-    if experiment.method in ("nsgf-minibatch", "nsgfpp"):
+    if first.config.coupling == "minibatch":
         options["pool"] = pool
-    plan = _shared_plan(experiment, model, data, folder.parent.parent/"plans", progress)
-    if plan is not None:
-        options["plan"] = plan
+    if first.config.coupling == "population":
+        plans = folder.parent.parent/"plans"
+        options["plan"] = _shared_plan(experiment, first, data, plans, progress)
     if not isinstance(model, NSGFPlusPlus):
         model.fit(data, progress=progress, loop=loops["straight"], **options)
-        return _with_plan_seconds(model, model, plan)
+        return _with_plan_seconds(model, first, **options)
     parts = [name for name in parts if name in model.parts]
     model.fit(data, parts, progress, loops, **options)
     missing = _missing(model, folder)
@@ -364,9 +361,9 @@ def _train(experiment, seed, device, data, parts, folder, pool, progress):
         return None
     others = [name for name in model.parts if name not in parts]  # trained by other processes
     model.fit(data, others, False, _loops(model, folder), **options)
-    return _with_plan_seconds(model, model.sinkhorn, plan)
+    return _with_plan_seconds(model, first, **options)
 
-def _with_plan_seconds(model, part, plan):
+def _with_plan_seconds(model, part, plan=None, pool=None):
     "The model; the part that used the plan also counts its seconds."
     if plan is not None:
         part.seconds["couplings"] = sum(plan.seconds.values())
