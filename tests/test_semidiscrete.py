@@ -68,6 +68,17 @@ def test_the_best_point_minimises_cost_less_price():
     assert torch.equal(Cells(y).best(x, g)[1][:, 0], expected)
 
 
+@pytest.mark.parametrize("n", (2, 31, 33, 100))
+@pytest.mark.parametrize("k", (1, 2, 5))
+def test_the_best_points_are_found_in_groups_of_any_number_of_points(n, k):
+    x, y, g = normal(50, 2, seed=1), normal(n, 2, seed=3), normal(n, seed=2)*.1
+    scores = x @ y.mT + g - y.square().sum(1)/2
+    values, index = scores.topk(min(k, n), 1)
+    found_values, found = Cells(y).best(x, g, k)
+    assert torch.equal(found, index)
+    torch.testing.assert_close(found_values, values)
+
+
 def test_points_may_be_stored_in_half_precision():
     x, y, g = points(50, 1), points().half(), normal(N, seed=2)*.1
     best = Cells(y).best(x, g)[1]

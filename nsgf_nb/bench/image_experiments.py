@@ -115,13 +115,14 @@ METHODS = {
 
 # %% ../../nbs/42_image_experiments.ipynb #42-008
 _SMALL = dict(channels=32, mult=(1, 2), batch_size=64, lr=1e-3, clip=1.)
+_MNIST = dict(_SMALL, patch=2, batch_size=32, lr=2e-3)
 _ON_GPU = dict(lr=2e-4, ema=.9999, clip=1., bf16=True, compile=True)
 _MNIST_PAPER = dict(_ON_GPU, channels=32, mult=(1, 2, 2), batch_size=256)
 _CIFAR10 = dict(_ON_GPU, channels=128, mult=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=.1,
                 batch_size=128, flip=True)
 _EXPERIMENTS = {
     "digits": ImageExperiment("digits", _SMALL, 4500, samples=749, draws=5),
-    "mnist": ImageExperiment("mnist", dict(_SMALL, patch=2, lr=2e-3), 10_000, plan_rank=154),
+    "mnist": ImageExperiment("mnist", _MNIST, 24_000, plan_rank=100),
     "mnist-paper": ImageExperiment("mnist", _MNIST_PAPER, 100_000, samples=30_000),
     "cifar10": ImageExperiment("cifar10", _CIFAR10, 400_000, samples=50_000),
 }
