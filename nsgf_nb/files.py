@@ -98,6 +98,7 @@ def save_tensors(
 # %% ../nbs/14_files.ipynb #14-013
 def load_tensors(
     path,  # file that `save_tensors` wrote
+    model: str = None,  # what the description must say of `model`; None: anything
 ) -> tuple:  # tensors by name, on the CPU, and the description
     "Read a file; raises `FileNotFoundError`, or `ValueError` if it is damaged or not ours."
     if not Path(path).is_file():
@@ -111,6 +112,8 @@ def load_tensors(
     expected = about.pop("sha256", None)
     if expected != _digest(tensors, about):
         raise ValueError(f"{path} is damaged: its checksum does not match its content")
+    if model is not None and about.get("model") != model:
+        raise ValueError(f"{path} holds a model of type {about.get('model')!r}, not {model!r}")
     return tensors, about
 
 def _read_safetensors(path):

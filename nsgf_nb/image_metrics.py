@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Classifier', 'frechet_distance', 'class_histogram', 'precision_recall', 'InceptionScores', 'inception_scores']
 
-# %% ../nbs/13_image_metrics.ipynb #13-003
+# %% ../nbs/13_image_metrics.ipynb #13-004
 import hashlib
 import socket
 import warnings
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .files import load_tensors, pretrained_path, save_tensors
 from .sinkhorn import check_points
 
-# %% ../nbs/13_image_metrics.ipynb #13-006
+# %% ../nbs/13_image_metrics.ipynb #13-007
 def _check_images(name, x, shape=(None, None, None)):
     "x if it is (B, *shape) in [-1, 1]; None stands for any size. ValueError or TypeError if not."
     x = check_points(name, x)
@@ -34,7 +34,7 @@ def _check_images(name, x, shape=(None, None, None)):
                          f"{x.max():.4g}: clamp samples first, {name}.clamp(-1, 1)")
     return x
 
-# %% ../nbs/13_image_metrics.ipynb #13-008
+# %% ../nbs/13_image_metrics.ipynb #13-009
 def _convolutions(channels, width):
     "Layers from images (B, channels, H, W) to vectors (B, 16·width)."
     sizes = [  # channels in and out, stride
@@ -50,7 +50,7 @@ def _convolutions(channels, width):
         layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
     return [*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten()]
 
-# %% ../nbs/13_image_metrics.ipynb #13-009
+# %% ../nbs/13_image_metrics.ipynb #13-010
 class Classifier(nn.Module):
     "A small classifier whose penultimate features measure distances between sets of images."
 
@@ -97,10 +97,8 @@ class Classifier(nn.Module):
         device="cpu",
     ):  # Classifier in eval mode, in float32
         "Read a classifier. ValueError if the file does not hold a complete one."
-        tensors, about = load_tensors(path)
-        model = about.pop("model", None)
-        if model != "Classifier":
-            raise ValueError(f"{path} holds a model of type {model!r}, not 'Classifier'")
+        tensors, about = load_tensors(path, "Classifier")
+        del about["model"]
         try:
             net = cls(**about.pop("config"))
             net.load_state_dict(tensors)
@@ -120,7 +118,7 @@ class Classifier(nn.Module):
         "A classifier that comes with the package."
         return cls.load(pretrained_path(f"classifier-{name}"), device)
 
-# %% ../nbs/13_image_metrics.ipynb #13-013
+# %% ../nbs/13_image_metrics.ipynb #13-014
 def _batches(name, x, batch_size):
     "The batches of a tensor, or of an iterable such as a DataLoader, without their labels."
     if isinstance(x, Tensor):
@@ -167,7 +165,7 @@ def _factor(covariance):
     values, vectors = torch.linalg.eigh(covariance)
     return vectors*values.clamp(min=0).sqrt()
 
-# %% ../nbs/13_image_metrics.ipynb #13-014
+# %% ../nbs/13_image_metrics.ipynb #13-015
 def frechet_distance(
     x,  # tensor (N, *shape), or an iterable of batches of it
     y,  # the same, (M, *shape); M may differ from N
@@ -183,7 +181,7 @@ def frechet_distance(
     d2 = (m1 - m2).square().sum() + C1.trace() + C2.trace() - 2*root
     return max(float(d2), 0.)
 
-# %% ../nbs/13_image_metrics.ipynb #13-027
+# %% ../nbs/13_image_metrics.ipynb #13-028
 @torch.no_grad()
 def class_histogram(
     x,  # images (N, C, H, W) in [-1, 1], or an iterable of batches of them
@@ -200,7 +198,7 @@ def class_histogram(
         counts = counts + torch.bincount(confident, minlength=logits.shape[1]).cpu()
     return counts
 
-# %% ../nbs/13_image_metrics.ipynb #13-030
+# %% ../nbs/13_image_metrics.ipynb #13-031
 def _distances(a, b, chunk):
     "Blocks of `chunk` rows of the distance matrix between (N, F) and (M, F)."
     for rows in a.split(chunk):
@@ -211,7 +209,7 @@ def _radii(f, k, chunk):
     nearest = [d.topk(k + 1, largest=False).values for d in _distances(f, f, chunk)]
     return torch.cat(nearest)[:, k]  # the first is the point itself
 
-# %% ../nbs/13_image_metrics.ipynb #13-031
+# %% ../nbs/13_image_metrics.ipynb #13-032
 def precision_recall(
     x,  # generated: tensor (N, *shape), or an iterable of batches of it
     y,  # real: the same, (M, *shape)
@@ -237,7 +235,7 @@ def precision_recall(
         recalled |= (d <= radii[:, None]).any(0)
     return precise/len(a), recalled.double().mean().item()
 
-# %% ../nbs/13_image_metrics.ipynb #13-037
+# %% ../nbs/13_image_metrics.ipynb #13-038
 _WEIGHTS = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
             "weights-inception-2015-12-05-6726825d.pth")
 
@@ -264,7 +262,7 @@ def _download(file, expected):
     finally:
         socket.setdefaulttimeout(timeout)
 
-# %% ../nbs/13_image_metrics.ipynb #13-038
+# %% ../nbs/13_image_metrics.ipynb #13-039
 @contextmanager
 def _optional_packages():
     "Imports inside that fail say what to install."
@@ -297,7 +295,7 @@ def _inception_score_metric():
         warnings.simplefilter("ignore", UserWarning)  # it keeps all logits: 200 MB for 50,000
         return InceptionScore(nn.Identity(), splits=10, sync_on_compute=False)
 
-# %% ../nbs/13_image_metrics.ipynb #13-039
+# %% ../nbs/13_image_metrics.ipynb #13-040
 def _to_bytes(name, x):
     "uint8 images (B, 3, H, W) of float ones in [-1, 1], rounded."
     x = _check_images(name, x)
@@ -325,7 +323,7 @@ def _name_of(extractor):
     name = getattr(extractor, "__name__", type(extractor).__name__)
     return f"{name}, not the standard network"
 
-# %% ../nbs/13_image_metrics.ipynb #13-040
+# %% ../nbs/13_image_metrics.ipynb #13-041
 class InceptionScores(NamedTuple):
     "FID, IS with its standard deviation over 10 parts, and how they were made."
     fid: float
@@ -337,7 +335,7 @@ class InceptionScores(NamedTuple):
         return (f"FID {self.fid:.3f}, IS {self.inception_score:.3f} ± {self.deviation:.3f} "
                 f"({self.protocol})")
 
-# %% ../nbs/13_image_metrics.ipynb #13-041
+# %% ../nbs/13_image_metrics.ipynb #13-042
 @torch.no_grad()
 def inception_scores(
     x,  # generated: tensor (N, C, H, W) in [-1, 1], C 1 or 3, or an iterable of batches of it

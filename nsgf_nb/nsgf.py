@@ -16,7 +16,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .data import Batches, PairPool, PairSampler, Standardizer, as_sampler, check_sample
-from .files import load_tensors, save_tensors, with_prefix, without_prefix
+from nsgf_nb.files import (
+    load_tensors,
+    pretrained_path,
+    save_tensors,
+    with_prefix,
+    without_prefix,
+)
 from nsgf_nb.flow import (
     INTEGRATORS,
     FlowSettings,
@@ -200,6 +206,15 @@ class Model:
     ):
         "Read a model. Raises `ValueError` if the file is damaged, of another version or not ours."
         return cls.from_tensors(*load_tensors(path), find_device(device), path)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,  # such as "mnist"
+        device=None,  # where to compute; None: a GPU if there is one
+    ):
+        "A model that this project trained and ships. Raises `ValueError` for one of another kind."
+        return cls.load(pretrained_path(name), device)
 
 # %% ../nbs/07_nsgf.ipynb #07-008
 def _check_tensors(tensors, about, config):

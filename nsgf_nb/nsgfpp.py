@@ -191,10 +191,7 @@ class NSGFPlusPlus:
         device=None,  # where to compute; None: a GPU if there is one
     ):
         "Read a model. Raises `ValueError` if the file is damaged, of another version or not ours."
-        tensors, about = load_tensors(path)
-        if about.get("model") != "NSGFPlusPlus":
-            raise ValueError(f"{path} holds a model of type {about.get('model')!r}, "
-                             f"not 'NSGFPlusPlus'")
+        tensors, about = load_tensors(path, "NSGFPlusPlus")
         model = cls(device=device, handover=about.get("handover", "paper"))
         device = find_device(device)
         for name, part in model.parts.items():

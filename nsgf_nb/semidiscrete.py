@@ -340,10 +340,7 @@ class SemidiscretePlan:
         device=None,  # where to compute; None: a GPU if there is one
     ):
         "Read a plan. Raises `ValueError` if the file does not hold a whole one."
-        tensors, about = load_tensors(path)
-        if about.get("model") != "SemidiscretePlan":
-            raise ValueError(f"{path} holds a model of type {about.get('model')!r}, "
-                             f"not 'SemidiscretePlan'")
+        tensors, about = load_tensors(path, "SemidiscretePlan")
         if (about["source"] == "given") != (source is not None):
             raise ValueError(f"source must be what the plan in {path} was fitted with: "
                              f"{about['source']}")

@@ -1,4 +1,5 @@
 """Experiments in the plane on a budget of moments, and the results that the notebooks read."""
+import dataclasses
 import math
 import re
 import statistics
@@ -43,7 +44,8 @@ def files(folder):
 @pytest.fixture
 def moments(monkeypatch):
     "Two experiments and the demo on a tiny budget."
-    tiny = {f"2d-{target}": Experiment(target, CONFIG, PROTOCOL) for target in TWO}
+    tiny = {f"2d-{target}": Experiment(target, CONFIG, PROTOCOL, adams_steps=(3,))
+            for target in TWO}
     monkeypatch.setattr(experiments, "EXPERIMENTS", tiny)
     monkeypatch.setattr(experiments, "DEMO", Experiment("8gaussians", CONFIG, PROTOCOL))
 
@@ -84,6 +86,10 @@ def test_a_run_is_recorded_and_can_be_repeated(moments, tmp_path):
     model = NSGF.load(folder/"model.safetensors", device="cpu")
     again = measure("8gaussians-moons", model, PROTOCOL, result["floors"], seed=2)
     assert again == result["measured"]
+    three = dataclasses.replace(PROTOCOL, sample_steps=(3,), sw2_draws=(2,))
+    again = measure("8gaussians-moons", model, three, result["floors"], seed=2, method="adams")
+    assert again == result["measured_adams"]
+    assert "3 Adams  SW2" in report(result)
 
 
 def test_a_pool_on_disk(moments, tmp_path):

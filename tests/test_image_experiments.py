@@ -272,6 +272,9 @@ def test_a_run_in_one_go_and_in_parts(tmp_path, digits, capsys):
             *(f"{part}.checkpoint" for part in PARTS)} <= written
     assert strict_json(folder/"result.json") == json.loads(json.dumps(result))
     assert result["training_images"] == 1498 and set(result["phases"]) == set(PARTS)
+    splits = result["measured"]["splits"]["5"]
+    assert list(splits) == ["1", "2", "3"]
+    assert splits["2"] == result["measured"]["nfe"]["5"]["frechet"]["mean"]  # the usual division
     for phase in result["phases"].values():
         assert phase["training"] > 0 and phase["parameters"] > 0 and math.isfinite(phase["loss"])
     out = capsys.readouterr().out

@@ -6,9 +6,9 @@
 __all__ = ['EXPERIMENTS', 'DEMO', 'GROUPS', 'Experiment', 'experiments_named', 'draw_flow', 'draw_pictures', 'run', 'report',
            'train_plane', 'run_demo', 'register_demo']
 
-# %% ../../nbs/41_experiments.ipynb #41-003
+# %% ../../nbs/41_experiments.ipynb #41-004
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,15 +32,17 @@ from ..runs.distributed import DistributedRun, SharedDiskPool, SharedPool, ranks
 from ..targets import TARGETS, sample_2d, show_paths, show_snapshots, source_2d
 from ..training import find_device
 
-# %% ../../nbs/41_experiments.ipynb #41-006
+# %% ../../nbs/41_experiments.ipynb #41-007
 @dataclass(frozen=True)
 class Experiment:
     "What is trained on what, and how it is measured."
     target: str  # one of `TARGETS`
     config: NSGFConfig  # of the model; its seed is replaced by the run's
     protocol: Protocol = Protocol()
+    adams_steps: tuple = ()  # numbers of steps of Adams and Bashforth, measured as well
 
-EXPERIMENTS = {f"2d-{target}": Experiment(target, NSGFConfig()) for target in TARGETS} | {
+EXPERIMENTS = {f"2d-{target}": Experiment(target, NSGFConfig(), adams_steps=(5, 10))
+               for target in TARGETS} | {
     f"self-term-{term}-moons": Experiment("moons", NSGFConfig(pool_size=2**17, self_term=term),
                                           Protocol(sample_steps=(10,), sw2_draws=(10,)))
     for term in ("same", "masked", "independent")}
@@ -60,7 +62,7 @@ def experiments_named(
         return {key: e for key, e in EXPERIMENTS.items() if key.startswith(f"{name}-")}
     return {name: EXPERIMENTS[name]}
 
-# %% ../../nbs/41_experiments.ipynb #41-008
+# %% ../../nbs/41_experiments.ipynb #41-009
 def draw_flow(
     experiment: Experiment,
     path,  # PNG to write
@@ -101,7 +103,7 @@ def _save_snapshots(states, target, title, path):
     figure.suptitle(title)
     figure.savefig(path)
 
-# %% ../../nbs/41_experiments.ipynb #41-010
+# %% ../../nbs/41_experiments.ipynb #41-011
 def run(
     name: str,  # of the experiment, for its folder and JSON
     experiment: Experiment,
@@ -129,18 +131,26 @@ def run(
     protocol = experiment.protocol
     floors = floors or measure_floors(target, protocol)
     measured = measure(target, model, protocol, floors, seed)
+    with_adams = measure(target, model, _of_adams_steps(experiment), floors, seed, method="adams")
     along_the_way = w2_along_the_way(target, model, protocol)
     end = time.perf_counter()
     result = dict(
         experiment=name, target=target, seed=seed, command=_command(name, seed),
         config=to_json(model.config), protocol=to_json(protocol),
         provenance=provenance(model.device), floors=floors, measured=measured,
-        w2_along_the_way=along_the_way, loss=model.losses[-500:].mean().item(),
+        measured_adams=with_adams, w2_along_the_way=along_the_way,
+        loss=model.losses[-500:].mean().item(),
         seconds=dict(model.seconds, measuring=end - trained, total=end - start))
     if ranks().main:
         write_json(folder/"result.json", result)
         Checkpoint(folder/"training.checkpoint").remove()
     return result
+
+def _of_adams_steps(experiment):
+    "The protocol at the experiment's Adams steps, with as many pairs as for its Euler steps."
+    protocol = experiment.protocol
+    return replace(protocol, sample_steps=experiment.adams_steps,
+                   sw2_draws=protocol.sw2_draws[:1]*len(experiment.adams_steps))
 
 def _command(name, seed):
     "What to type for the same run."
@@ -169,20 +179,21 @@ def _save(model, folder):
     (folder/"result.json").unlink(missing_ok=True)  # of earlier weights
     model.save(folder/"model.safetensors")
 
-# %% ../../nbs/41_experiments.ipynb #41-011
+# %% ../../nbs/41_experiments.ipynb #41-012
 def report(
     result: dict,  # with "floors" and "measured", and "seconds" if it was trained
 ) -> str:
     "The distances of a run for people: two lines for each number of steps, and the times."
     lines = []
-    for steps, distances in result["measured"].items():
-        for name, d in distances.items():
-            floor = result["floors"][name]
-            lines.append(f"{int(steps):4d} steps  {name.upper():3s} "
-                         f"{_with_error(d['mean'], d['se'], 4)}   "
-                         f"floor {_with_error(floor['mean'], floor['se'], 4)}   "
-                         f"ratio {_with_error(d['ratio'], d['ratio_se'], 2)}   "
-                         f"({floor['n']:,} points)")
+    for kind, key in (("steps", "measured"), ("Adams", "measured_adams")):
+        for steps, distances in result.get(key, {}).items():
+            for name, d in distances.items():
+                floor = result["floors"][name]
+                lines.append(f"{int(steps):4d} {kind}  {name.upper():3s} "
+                             f"{_with_error(d['mean'], d['se'], 4)}   "
+                             f"floor {_with_error(floor['mean'], floor['se'], 4)}   "
+                             f"ratio {_with_error(d['ratio'], d['ratio_se'], 2)}   "
+                             f"({floor['n']:,} points)")
     if "seconds" in result:
         s = result["seconds"]
         lines.append(f"pool {s['pool']:.1f} s, training {s['training']:.1f} s, "
@@ -193,7 +204,7 @@ def _with_error(value, se, digits):
     "A number with its standard error, if it has one."
     return f"{value:.{digits}f}" + ("" if se is None else f" ± {se:.{digits}f}")
 
-# %% ../../nbs/41_experiments.ipynb #41-015
+# %% ../../nbs/41_experiments.ipynb #41-016
 def train_plane(
     args,  # name (of an experiment or a group), seeds, out, device, pool
 ):

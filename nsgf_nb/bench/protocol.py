@@ -6,7 +6,7 @@
 __all__ = ['Protocol', 'provenance', 'without_nan', 'to_json', 'open_results', 'write_arrays', 'read_arrays', 'measure_floors',
            'cached_floors', 'target_samples', 'draw', 'distances_to_target', 'distances', 'measure', 'w2_along_the_way']
 
-# %% ../../nbs/40_protocol.ipynb #40-003
+# %% ../../nbs/40_protocol.ipynb #40-004
 import dataclasses
 import io
 import json
@@ -26,7 +26,7 @@ from ..runs import distributed
 from ..targets import sample_2d, source_2d
 from ..training import check_settings, setting
 
-# %% ../../nbs/40_protocol.ipynb #40-006
+# %% ../../nbs/40_protocol.ipynb #40-007
 @dataclass(frozen=True)
 class Protocol:
     "How thoroughly a model of the plane is measured."
@@ -43,7 +43,7 @@ class Protocol:
             raise ValueError(f"sw2_draws must hold a number for each of sample_steps="
                              f"{self.sample_steps}, got {self.sw2_draws}")
 
-# %% ../../nbs/40_protocol.ipynb #40-008
+# %% ../../nbs/40_protocol.ipynb #40-009
 def provenance(
     device,  # where it was computed
 ) -> dict:  # package, commit, torch, python, machine, device, threads
@@ -112,7 +112,7 @@ def read_arrays(
     with np.load(path) as file:
         return {name: torch.from_numpy(file[name]).float() for name in file.files}
 
-# %% ../../nbs/40_protocol.ipynb #40-011
+# %% ../../nbs/40_protocol.ipynb #40-012
 def measure_floors(
     target: str,  # one of `TARGETS`
     protocol: Protocol,
@@ -145,7 +145,7 @@ def cached_floors(
         write_json(path, floors)
     return floors
 
-# %% ../../nbs/40_protocol.ipynb #40-013
+# %% ../../nbs/40_protocol.ipynb #40-014
 def target_samples(
     target: str,  # one of `TARGETS`
     seed: int,  # of the stream of draws
@@ -173,12 +173,14 @@ def draw(
     seed: int,  # of the source
     steps: int = None,  # Euler steps; None: the model's own
     trajectory: bool = False,  # return all states?
+    **options,  # more for the model's `sample`, such as method
 ) -> Tensor:  # (n, 2) or (steps+1, n, 2), in the data's unit
     "Samples of a model of the plane, from its own source; several processes share the work."
     x0 = source_2d(target, n, seed) if model.source == "given" else None
-    return distributed.sample(model, n, seed, x0, steps=steps, trajectory=trajectory)
+    return distributed.sample(model, n, seed, x0, steps=steps, trajectory=trajectory,
+                              **options)
 
-# %% ../../nbs/40_protocol.ipynb #40-015
+# %% ../../nbs/40_protocol.ipynb #40-016
 def distances_to_target(
     target: str,  # one of `TARGETS`
     metric,  # function of two samples -> float
@@ -218,12 +220,13 @@ def measure(
     protocol: Protocol,
     floors: dict,  # from `measure_floors`
     seed: int = 0,  # of the draws
+    **options,  # more for the model's `sample`, such as method
 ) -> dict:  # {"10": what `distances` returns, "100": …}, by the number of steps
     "W2 and SW2 of a model, and their ratios to the floors, at each number of steps."
     measured = {}
     for steps, draws in zip(protocol.sample_steps, protocol.sw2_draws):
         def sample(n, sample_seed, steps=steps):
-            return draw(target, model, n, sample_seed, steps)
+            return draw(target, model, n, sample_seed, steps, **options)
         measured[str(steps)] = distances(target, protocol, sample, draws, floors, seed)
     return measured
 
