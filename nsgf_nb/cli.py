@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import nsgf_nb
-from .bench import ablations, comparison, speed
+from .bench import ablations, comparison, plans, speed
 from .bench.classifiers import CLASSIFIERS, train_classifiers
 from .bench.comparison import at_least_one
 from .bench.experiments import EXPERIMENTS, GROUPS, register_demo, report, train_plane
@@ -212,6 +212,7 @@ def _register_bench(commands):
     bench = commands.add_parser("bench", help=words, description=words)
     kinds = bench.add_subparsers(dest="kind", required=True, metavar="WHAT")
     speed.register(kinds)
+    plans.register(kinds)
     comparison.register(kinds)
     ablations.register(kinds)
     _register_endurance(kinds)

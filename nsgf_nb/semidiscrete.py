@@ -121,6 +121,7 @@ class SemidiscretePlan:
         self.source = None  # function n -> draws; None: standard normal
         self.checks = []  # `Balance` of the start, and of every check of the ascent
         self.seconds = {}  # of each phase of fit, by name
+        self.draws = 0  # of the ascent, in all
 
     def _set_points(self, y, weights):
         "Keep the points, and what the cost sees of them."
@@ -210,6 +211,7 @@ class SemidiscretePlan:
         self.g = result.net.g.data
         self.checks = ascent.checks
         self.seconds = dict(ascent.phases, ascent=result.seconds)
+        self.draws = ascent.step*ascent.batch_size
         if result.interrupted:
             raise result.interrupted(f"stopped after {ascent.step:,} iterations; the plan keeps "
                                      f"the prices so far")
@@ -328,7 +330,7 @@ class SemidiscretePlan:
         "Write points, weights and prices to one safetensors file."
         tensors = dict(y=self.y.contiguous(), weights=self.weights, g=self.require_prices())
         about = dict(model="SemidiscretePlan", config=asdict(self.config), seconds=self.seconds,
-                     source="normal" if self.source is None else "given",
+                     draws=self.draws, source="normal" if self.source is None else "given",
                      checks=[balance._asdict() for balance in self.checks])
         save_tensors(path, tensors, about)
 
@@ -350,6 +352,7 @@ class SemidiscretePlan:
         plan.source = source
         plan.checks = [Balance(**check) for check in about["checks"]]
         plan.seconds = about["seconds"]
+        plan.draws = about.get("draws", 0)
         return plan
 
 # %% ../nbs/06c_semidiscrete.ipynb #06c-028

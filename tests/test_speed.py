@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nsgf_nb.bench import speed_curves
+from nsgf_nb.bench import plans, speed_curves
+from nsgf_nb.bench.plans import PlanSizes, bench_plans
 from nsgf_nb.bench.speed import (
     QUICK,
     Limits,
@@ -308,3 +309,24 @@ def test_command_refuses_a_folder_or_device_that_cannot_be_used(tmp_path):
     with pytest.raises(ValueError, match="cuda:99"):
         run_command("--device", "cuda:99", "--out", tmp_path/"other")
     assert not (tmp_path/"other").exists()
+
+
+def test_plans_are_timed_and_measured(tmp_path, monkeypatch, capsys):
+    def no_images(name):
+        raise FileNotFoundError("put MNIST somewhere")
+    monkeypatch.setattr(plans, "load_images", no_images)
+    sizes = PlanSizes(points=(60,), dimensions=(2, 5), among=50, tol=.1)
+    result = bench_plans(sizes, tmp_path/"plans.json", "cpu")
+    assert json.loads((tmp_path/"plans.json").read_text()) == json.loads(json.dumps(result))
+    assert [(row["N"], row["D"]) for row in result["points"]] == [(60, 100)]
+    assert [(row["N"], row["D"]) for row in result["dimensions"]] == [(50, 2), (50, 5)]
+    assert "images" not in result and "put MNIST somewhere" in capsys.readouterr().out
+    for row in result["points"] + result["dimensions"]:
+        assert row["converged"] and row["seconds"] > 0 and row["fresh"] == 5*row["N"]
+        assert math.isclose(row["perfect"], .2, abs_tol=.01)
+
+    images = torch.rand(40, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(plans, "load_images", lambda name: images)
+    sizes = PlanSizes(points=(), dimensions=(), images=30, images_rank=6, images_tol=.1)
+    row, = bench_plans(sizes, device="cpu", progress=False)["images"]
+    assert (row["N"], row["D"], row["tol"]) == (30, 6, .1)

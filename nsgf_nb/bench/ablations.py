@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PROTOCOL', 'QUICK', 'QUICK_PROTOCOL', 'STUDIES', 'Budget', 'ConstantStepConfig', 'ConstantStepNSGF', 'AnnealedConfig',
-           'AnnealedNSGF', 'Lab', 'Study', 'bias_and_spread', 'minibatch_visits', 'matching_error', 'field_distance',
-           'distance_from_straight', 'time_grid', 'missing_rows', 'study', 'read_study', 'register']
+           'AnnealedNSGF', 'Lab', 'Study', 'bias_and_spread', 'minibatch_velocities', 'population_velocity',
+           'matching_error', 'field_distance', 'distance_from_straight', 'time_grid', 'missing_rows', 'study',
+           'read_study', 'register']
 
-# %% ../../nbs/46_ablations.ipynb #46-003
+# %% ../../nbs/46_ablations.ipynb #46-004
 import hashlib
 import json
 import math
@@ -37,10 +38,12 @@ from ..flow import PoolRecipe, TrajectoryPool, particle_flow
 from ..flow_matching import ot_partners
 from ..metrics import Estimate, sw2
 from ..nsgf import NSGF, NSGFConfig
+from ..semidiscrete import SemidiscretePlan
+from ..sinkhorn import velocity
 from ..targets import sample_2d
 from ..training import find_device, setting
 
-# %% ../../nbs/46_ablations.ipynb #46-006
+# %% ../../nbs/46_ablations.ipynb #46-007
 @dataclass(frozen=True)
 class Budget:
     "The network and the training that the rows share, and the sizes that single studies need."
@@ -53,9 +56,9 @@ class Budget:
     pool_size: int = 2**18  # pairs, for methods that make them beforehand
     held_out: int = 2**15  # "matching": pairs of the pool on which the error is measured
     states: int = 20_000  # "retiming": states, at each time, at which two fields are compared
-    large: int = 20_000  # "bias": particles of the flow that minibatches are compared with
+    large: int = 20_000  # "bias": points of the data set
     queries: int = 128  # "bias": points at which they are compared
-    rounds: int = 64  # "bias": minibatches that each point visits, at most
+    rounds: int = 64  # "bias": minibatches that each point visits
     quick: bool = False  # of the values that vary, only the first and the last
 
     def settings(self, method: Method) -> dict:
@@ -73,10 +76,10 @@ class Budget:
 PROTOCOL = Protocol(sample_steps=(10,), sw2_draws=(2,))  # only SW2 is measured
 _BLURS = (.02, .05, .1, .2, .5, 1.)
 QUICK = Budget(width=16, depth=2, batch_size=64, train_steps=16, pool_size=2**10, held_out=2**10,
-               states=100, large=256, queries=8, rounds=2, quick=True)
+               states=100, large=256, queries=8, rounds=4, quick=True)
 QUICK_PROTOCOL = replace(PROTOCOL, sw2_points=200, sw2_draws=(1,), w2_points=32, floor_pairs=2)
 
-# %% ../../nbs/46_ablations.ipynb #46-008
+# %% ../../nbs/46_ablations.ipynb #46-009
 @dataclass(frozen=True)
 class ConstantStepConfig(NSGFConfig):
     eta: float = setting(.5, above=0, at_most=1)  # Euler step of the pool's flows
@@ -231,77 +234,74 @@ def _annealing_rows(budget):
     pairs = budget.pick((.05, .05), (.2, .05), (.5, .05), (1., .05), (.5, .5))
     return [_trained("annealed", first_blur=first, blur=last) for first, last in pairs]
 
-# %% ../../nbs/46_ablations.ipynb #46-011
+# %% ../../nbs/46_ablations.ipynb #46-012
 def bias_and_spread(
-    v: Tensor,  # in minibatches (2, R, Q, D): R ≥ 2 estimates of Q vectors, from 2 large batches
-    whole: Tensor,  # in these large batches (2, Q, D)
+    v: Tensor,  # in minibatches (2, R, Q, D): twice R ≥ 2 independent estimates of Q vectors
+    limit: Tensor,  # what they should be, estimated twice (2, Q, D)
 ) -> tuple:  # squared bias and variance, means over the Q
     "The squared bias of the mean over minibatches, and the variance of single ones."
-    if len(v) != 2 or len(whole) != 2 or v.shape[1] < 2:
-        raise ValueError(f"v must hold at least 2 estimates for each of 2 batches, got shapes "
-                         f"{tuple(v.shape)} and {tuple(whole.shape)}")
-    first, second = v.mean(1) - whole
+    if len(v) != 2 or len(limit) != 2 or v.shape[1] < 2:
+        raise ValueError(f"v must hold at least 2 estimates for each of 2 limits, got shapes "
+                         f"{tuple(v.shape)} and {tuple(limit.shape)}")
+    first, second = v.mean(1) - limit
     return (first*second).sum(-1).mean().item(), v.var(1).sum(-1).mean().item()
 
-def minibatch_visits(
-    points: Tensor,  # (Q, D), each a particle of one minibatch in each round, at most one in 32
-    others: Tensor,  # other particles of a large batch (N, D)
-    y: Tensor,  # its target points (N, D)
-    n: int,  # particles of a minibatch
-    rounds: int,  # at most; fewer if the batch, cut without overlap, has fewer minibatches
+def minibatch_velocities(
+    points: Tensor,  # (Q, D), each in one minibatch of a round
+    y: Tensor,  # data set (N, D)
+    n: int,  # particles of a minibatch, of which at most one in 32 is a given point
+    rounds: int,
     blur: float,
-    generator: torch.Generator,  # deals the points to minibatches
-    steps: int = 5,  # Euler steps of the flows
-) -> Tensor:  # (2, rounds, Q, D)
-    "First velocity of each point, and the end of its path, in each round."
-    divisors = [m for m in range(1, len(points) + 1) if len(points) % m == 0]
-    m = max(m for m in divisors if m == 1 or m <= n/32)  # points in one minibatch
-    rounds = min(rounds, len(y)//n)
-    visits = points.new_empty(2, rounds, *points.shape)
+    generator: torch.Generator,  # of the other particles, normal, and of the rows of y
+) -> Tensor:  # (rounds, Q, D)
+    "The velocity of each point in minibatches of fresh noise and random rows of the data set."
+    Q, D = points.shape
+    m = max(m for m in range(1, Q + 1) if Q % m == 0 and (m == 1 or m <= n/32))
+    velocities = points.new_empty(rounds, Q, D)
     for r in range(rounds):
-        groups = torch.randperm(len(points), generator=generator).view(-1, m)
-        company = others[r*n:(r + 1)*n - m].expand(len(groups), -1, -1)
-        x = torch.cat([points[groups], company], 1)
-        flows = particle_flow(x, y[r*n:(r + 1)*n], blur, steps=steps, tol=1e-3)
-        states = flows[:, :, :m].flatten(1, 2)
-        visits[0, r, groups.flatten()] = (states[1] - states[0])*steps
-        visits[1, r, groups.flatten()] = states[-1]
-    return visits
+        order = torch.randperm(Q, generator=generator)
+        company = torch.randn(Q//m, n - m, D, generator=generator)
+        x = torch.cat([points[order].view(Q//m, m, D), company], 1)
+        rows = torch.randint(len(y), (Q//m, n), generator=generator)
+        velocities[r, order] = velocity(x, y[rows], blur)[:, :m].flatten(0, 1)
+    return velocities
 
-def _visits_of(lab, points, blur, seed, n):
-    "Visits of the points in minibatches of n of the large batch `seed`, from a file if it exists."
-    budget = lab.budget
+def population_velocity(
+    points: Tensor,  # (Q, D)
+    y: Tensor,  # data set (N, D)
+    blur: float,
+    seed: int,  # of the plan
+) -> Tensor:  # (Q, D)
+    "The velocity at the source in the limit of large minibatches of N(0, I) and of y."
+    plan = SemidiscretePlan(blur=blur, seed=seed, device="cpu").fit(y, progress=False)
+    return plan.map(points) - (math.sqrt(1 + blur**4/4) - blur**2/2)*points
+
+def _limit_of(lab, points, y, blur, seed):
+    "The velocity in the limit, from a file if it exists."
     def make(path):
-        pairs = _FreshPairs(budget.target, 6_000_000 + seed)
-        others, y = pairs.source(budget.large), pairs.target(budget.large)
-        visits = minibatch_visits(points, others, y, n, budget.rounds, blur, pairs.generator)
-        save_tensors(path, dict(visits=visits), {})
-    settings = dict(blur=blur, seed=seed, n=n, large=budget.large, queries=budget.queries,
-                    rounds=budget.rounds)
-    return load_tensors(lab.file("flows", settings, make))[0]["visits"]
+        save_tensors(path, dict(v=population_velocity(points, y, blur, seed)), {})
+    sizes = dict(N=len(y), queries=len(points))
+    return load_tensors(lab.file("limits", dict(sizes, blur=blur, seed=seed), make))[0]["v"]
 
 def _measure_bias(lab, row, seed):
-    "Squared bias, spread and mean square, of the first velocity and of the end of the path."
+    "Squared bias, spread and mean square of the velocity."
     start = time.perf_counter()
-    points = _FreshPairs(lab.budget.target, 7_000_000).source(lab.budget.queries)
-    def in_two_batches(n):
-        visits = [_visits_of(lab, points, row["blur"], batch, n) for batch in (seed, seed + 1)]
-        return torch.stack(visits, 1)
-    small = in_two_batches(row["n"])
-    whole = in_two_batches(lab.budget.large)[:, :, 0]
-    numbers = {}
-    for name, v, w, origin in zip(("first", "end"), small, whole, (0., points)):
-        bias2, spread = bias_and_spread(v, w)
-        size2 = ((w[0] - origin)*(w[1] - origin)).sum(-1).mean().item()
-        numbers[name] = dict(bias2=bias2, spread=spread, size2=size2)
-    return numbers | dict(seconds=dict(flows=time.perf_counter() - start))
+    budget, blur = lab.budget, row["blur"]
+    points = _FreshPairs(budget.target, 7_000_000).source(budget.queries)
+    y = _FreshPairs(budget.target, 6_000_000).target(budget.large)  # the same for all seeds
+    limit = torch.stack([_limit_of(lab, points, y, blur, s) for s in (2*seed, 2*seed + 1)])
+    generator = torch.Generator().manual_seed(seed)
+    v = minibatch_velocities(points, y, row["n"], budget.rounds, blur, generator)
+    bias2, spread = bias_and_spread(torch.stack(v.chunk(2)), limit)
+    size2 = (limit[0]*limit[1]).sum(-1).mean().item()
+    return dict(bias2=bias2, spread=spread, size2=size2, seconds=time.perf_counter() - start)
 
 @_study("bias", "How large is the bias of minibatches?", _measure_bias)
 def _bias_rows(budget):
     return [dict(n=n, blur=blur) for blur in (.05, .5)
             for n in (16, 64, 256, 1024, 4096) if n <= budget.large/4]
 
-# %% ../../nbs/46_ablations.ipynb #46-014
+# %% ../../nbs/46_ablations.ipynb #46-015
 def _nearest_in_another(x, rows, n):
     "For each of some rows of x: the nearest row of x that is in another group of n rows."
     groups = torch.arange(len(x), device=x.device)//n
@@ -350,7 +350,7 @@ def _matching_rows(budget):
     factors = budget.pick(1/16, 1/8, 1/4, 1/2, 1, 2, 4)
     return [_trained(train_steps=int(budget.train_steps*factor)) for factor in factors]
 
-# %% ../../nbs/46_ablations.ipynb #46-017
+# %% ../../nbs/46_ablations.ipynb #46-018
 def field_distance(
     v,  # field v(x, t)
     w,  # the field that it is compared with
@@ -397,7 +397,7 @@ def _retiming_rows(budget):
     particles = [dict(model="particles", settings=dict(blur=blur)) for blur in blurs]
     return [*nsgf, dict(model="OT-CFM", settings={}), *particles]
 
-# %% ../../nbs/46_ablations.ipynb #46-019
+# %% ../../nbs/46_ablations.ipynb #46-020
 def time_grid(
     kind: str,  # "uniform", "geometric" (the paper's), "geometric, then 1", or "power"
     steps: int,  # number of steps K
@@ -434,7 +434,7 @@ def _grids_rows(budget):
     return [_trained(model, (2, 3, 5, 10)) | dict(grid=grid, value=value)
             for model in ("OT-CFM", "NSGF") for grid, value in grids]
 
-# %% ../../nbs/46_ablations.ipynb #46-023
+# %% ../../nbs/46_ablations.ipynb #46-024
 def missing_rows(study: Study, results: dict, seeds, budget: Budget = Budget()) -> list:
     "(row, seed) of a study that the results in its file do not hold yet."
     present = [(made["config"], made["seed"]) for made in results["rows"]]
