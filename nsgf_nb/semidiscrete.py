@@ -57,14 +57,15 @@ def check_distinct(
     y: Tensor,  # points (N, D)
 ):
     "Raise `ValueError` if two points are equal."
-    key = y.double() @ torch.linspace(1, 2, y.shape[1], dtype=torch.float64).to(y.device)
-    order = key.argsort()
-    close = key[order].diff() <= 1e-9*key.abs().max()
-    for i in close.nonzero()[:, 0].tolist():
-        first, second = sorted(order[i:i + 2].tolist())
-        if torch.equal(y[first], y[second]):
-            raise ValueError(f"y must hold distinct points, but rows {first} and {second} are "
-                             f"equal: pass each point once, with its share in weights")
+    row_of = {}  # digest -> row
+    for part in y.split(2**14):
+        for values in (part.float() + 0.).cpu().numpy():  # + 0, since -0 has other bytes
+            digest = hashlib.sha256(values.tobytes()).digest()
+            if digest in row_of:
+                raise ValueError(f"y must hold distinct points, but rows {row_of[digest]} and "
+                                 f"{len(row_of)} are equal: pass each point once, with its share "
+                                 f"in weights")
+            row_of[digest] = len(row_of)
 
 def check_weights(
     weights,  # tensor (N,), or None for equal ones

@@ -61,7 +61,7 @@ def digits():
 
 # ---- experiments
 
-@pytest.mark.parametrize("data", ("digits", "mnist", "mnist-paper", "cifar10"))
+@pytest.mark.parametrize("data", ("digits", "mnist", "mnist-paper", "cifar10", "cifar10-minutes"))
 def test_all_methods_share_network_and_budget(data):
     e = IMAGE_EXPERIMENTS[data]
     assert e.method == "nsgf"

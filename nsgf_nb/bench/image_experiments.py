@@ -121,16 +121,18 @@ _ON_GPU = dict(lr=2e-4, ema=.9999, clip=1., bf16=True, compile=True)
 _MNIST_PAPER = dict(_ON_GPU, channels=32, mult=(1, 2, 2), batch_size=256)
 _CIFAR10 = dict(_ON_GPU, channels=128, mult=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=.1,
                 batch_size=128, flip=True)
+_CIFAR10_MINUTES = dict(_CIFAR10, channels=64, batch_size=256, lr=1e-3, ema=.999, dropout=0.)
 _EXPERIMENTS = {
     "digits": ImageExperiment("digits", _SMALL, 4500, samples=749, draws=5),
     "mnist": ImageExperiment("mnist", _MNIST, 24_000, plan_rank=100),
     "mnist-paper": ImageExperiment("mnist", _MNIST_PAPER, 100_000, samples=30_000),
     "cifar10": ImageExperiment("cifar10", _CIFAR10, 400_000, samples=50_000),
+    "cifar10-minutes": ImageExperiment("cifar10", _CIFAR10_MINUTES, 8000, samples=10_000),
 }
 IMAGE_EXPERIMENTS = {}
-for _data, _experiment in _EXPERIMENTS.items():
+for _base, _experiment in _EXPERIMENTS.items():
     for _method in METHODS:
-        _name = _data if _method == "nsgf" else f"{_data}-{_method}"
+        _name = _base if _method == "nsgf" else f"{_base}-{_method}"
         IMAGE_EXPERIMENTS[_name] = replace(_experiment, method=_method)
 
 # %% ../../nbs/42_image_experiments.ipynb #42-010
