@@ -465,3 +465,17 @@ def test_a_second_fit_that_fails_early_leaves_the_first_model(monkeypatch, how):
     with pytest.raises((KeyboardInterrupt, ValueError)):
         model.fit(100*normal(100, 2) + 1000, source, progress=False)
     assert torch.equal(model.sample(5), before)
+
+
+# ---- weights that come with the package
+
+def test_shipped_weights_make_images():
+    model = NSGF.from_pretrained("mnist", device="cpu")
+    x, nfe = model.sample(4, steps=5, return_nfe=True)
+    assert x.shape == (4, 1, 28, 28) and nfe.tolist() == [5]*4
+    assert x.abs().mean() > .5  # mostly black and white
+
+
+def test_shipped_weights_of_another_kind():
+    with pytest.raises(ValueError, match="'NSGFPlusPlus'.*not 'NSGF'"):
+        NSGF.from_pretrained("digits")

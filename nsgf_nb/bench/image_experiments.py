@@ -248,14 +248,13 @@ SPLITS = {3: (1, 2), 5: (1, 2, 3), 10: (1, 2, 3, 5)}  # calls -> Sinkhorn steps 
 
 def _measure_splits(meter, model, seed):
     "Fréchet distances of NSGF++, by its calls and the Sinkhorn steps among them."
+    def distance(nfe, steps):
+        m = meter.measure(model, nfe, seed, sinkhorn_steps=steps, method="adams", time_power=2.)
+        return m["frechet"]["mean"]
     splits = {}
     for nfe in sorted(SPLITS.keys() & set(meter.experiment.nfe)):
-        splits[str(nfe)] = {}
-        for steps in SPLITS[nfe]:
-            if steps <= nfe - len(model.parts) + 1:  # a call remains for each other network
-                m = meter.measure(model, nfe, seed, sinkhorn_steps=steps, method="adams",
-                                  time_power=2.)
-                splits[str(nfe)][str(steps)] = m["frechet"]["mean"]
+        most = nfe - len(model.parts) + 1  # a call remains for each other network
+        splits[str(nfe)] = {str(s): distance(nfe, s) for s in SPLITS[nfe] if s <= most}
     return splits
 
 def measure_images(
