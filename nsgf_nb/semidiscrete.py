@@ -59,7 +59,7 @@ def check_distinct(
     "Raise `ValueError` if two points are equal."
     row_of = {}  # digest -> row
     for part in y.split(2**14):
-        for values in (part.float() + 0.).cpu().numpy():  # + 0, since -0 has other bytes
+        for values in (part.double() + 0.).cpu().numpy():  # + 0, since -0 has other bytes
             digest = hashlib.sha256(values.tobytes()).digest()
             if digest in row_of:
                 raise ValueError(f"y must hold distinct points, but rows {row_of[digest]} and "
