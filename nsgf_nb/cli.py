@@ -32,7 +32,7 @@ from nsgf_nb.bench.image_experiments import (
     save_sheet,
     train_images,
 )
-from .bench.protocol import draw, measure, measure_floors
+from .bench.protocol import add_device, draw, measure, measure_floors
 from .files import pretrained_names, read_json
 from .images import load_images
 from .nsgfpp import PARTS, NSGFPlusPlus
@@ -66,7 +66,7 @@ def _register_train(commands):
                         help="keep the pool of the Sinkhorn flow on disk, below this folder "
                              "(default: in memory)")
     parser.add_argument("--out", default="runs", help="folder for the results (default: runs)")
-    _add_device(parser)
+    add_device(parser)
     parser.set_defaults(call=_train)
 
 # %% ../nbs/50_cli.ipynb #50-008
@@ -178,10 +178,7 @@ def _add_model(parser):
                              + ", ".join(TARGETS))
     parser.add_argument("--seed", type=int, default=0,
                         help="of everything that is drawn (default: 0)")
-    _add_device(parser)
-
-def _add_device(parser):
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    add_device(parser)
 
 # %% ../nbs/50_cli.ipynb #50-012
 def _endurance(args):
@@ -250,7 +247,7 @@ def _parser():
     parser = argparse.ArgumentParser(
         prog="nsgf", description="Neural Sinkhorn gradient flow: train, sample and measure.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_device(register_demo(commands))
+    add_device(register_demo(commands))
     _register_train(commands)
     _register_sample(commands)
     _register_evaluate(commands)

@@ -26,6 +26,7 @@ from nsgf_nb.dual_ascent import (
     coarse_prices,
     count_draws,
     extended_prices,
+    in_parts,
 )
 from .files import load_tensors, save_tensors
 from nsgf_nb.training import (
@@ -302,9 +303,7 @@ class SemidiscretePlan:
         n = n or 10*len(self.y)
         total = 0.
         with seeded(seed):
-            draw = self._fresh_draws(seed)
-            for first in range(0, n, 1024):
-                x = draw(min(1024, n - first))
+            for x in in_parts(self._fresh_draws(seed), n):
                 if self.config.blur == 0:
                     tops, _ = self._cells.best(x, g)
                 else:

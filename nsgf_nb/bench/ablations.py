@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from .comparison import METHODS, Method
 from nsgf_nb.bench.protocol import (
     Protocol,
+    add_bench_options,
     cached_floors,
     distances_to_target,
     draw,
@@ -487,9 +488,7 @@ def register(subparsers):
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES),
                         metavar="STUDY", help="default: all")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 2; quick: 0")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that all works")
-    parser.add_argument("--out", default="runs/ablations", help="default: runs/ablations")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    add_bench_options(parser, "runs/ablations")
     parser.set_defaults(call=_command)
 
 def _command(args):

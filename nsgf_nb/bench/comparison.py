@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'COMPARED', 'QUICK', 'DATA', 'TorchCFM', 'Method', 'Comparison', 'log_density_8gaussians', 'Run', 'compare',
            'read_results', 'summarise', 'side_by_side', 'report_table', 'register', 'at_least_one']
 
-# %% ../../nbs/45_comparison.ipynb #45-003
+# %% ../../nbs/45_comparison.ipynb #45-004
 import argparse
 import math
 import statistics
@@ -20,6 +20,7 @@ from .gradient_flows import EPT, SlicedWassersteinFlow
 from .jko_flow import JKOFlow
 from nsgf_nb.bench.protocol import (
     Protocol,
+    add_bench_options,
     cached_floors,
     distances,
     draw,
@@ -39,7 +40,7 @@ from ..nsgf import NSGF
 from ..targets import TARGETS
 from ..training import TrainConfig, find_device
 
-# %% ../../nbs/45_comparison.ipynb #45-006
+# %% ../../nbs/45_comparison.ipynb #45-007
 class TorchCFM(FlowMatching):
     "OT-CFM with the batches of torchcfm (Tong et al. 2024), in minibatches of our size."
 
@@ -62,7 +63,7 @@ class TorchCFM(FlowMatching):
             return x_t, t, velocity
         return Batches(batch, sampler.streams)
 
-# %% ../../nbs/45_comparison.ipynb #45-007
+# %% ../../nbs/45_comparison.ipynb #45-008
 @dataclass(frozen=True)
 class Method:
     "A model that takes part in the comparison."
@@ -101,7 +102,7 @@ _METHODS = (
 METHODS = {method.name: method for method in _METHODS}
 COMPARED = tuple(name for name in METHODS if name != "torchcfm")
 
-# %% ../../nbs/45_comparison.ipynb #45-009
+# %% ../../nbs/45_comparison.ipynb #45-010
 @dataclass(frozen=True)
 class Comparison:
     "What all methods have in common."
@@ -151,7 +152,7 @@ QUICK = Comparison(
     protocol=Protocol(w2_draws=1, w2_points=128, sw2_points=500, sample_steps=(5, 10),
                       sw2_draws=(2, 1), floor_pairs=3))
 
-# %% ../../nbs/45_comparison.ipynb #45-011
+# %% ../../nbs/45_comparison.ipynb #45-012
 DATA = ("fresh", "fixed")
 
 def log_density_8gaussians(
@@ -163,7 +164,7 @@ def log_density_8gaussians(
     exponents = -torch.cdist(x, centres).square()/.2
     return exponents.logsumexp(1) - math.log(8*2*math.pi*.1)
 
-# %% ../../nbs/45_comparison.ipynb #45-014
+# %% ../../nbs/45_comparison.ipynb #45-015
 @dataclass(frozen=True)
 class Run:
     "One target, one kind of data, one seed."
@@ -221,7 +222,7 @@ class Run:
             measured |= measure(self.target, model, one, floors, self.seed)
         return measured
 
-# %% ../../nbs/45_comparison.ipynb #45-015
+# %% ../../nbs/45_comparison.ipynb #45-016
 def _row(run, models, floors, teacher_seconds):
     "What the results file holds of a method whose `models` were trained."
     comparison = run.comparison
@@ -268,7 +269,7 @@ def _new_results(run, floors):
         protocol=to_json(protocol), budget=comparison.budget,
         config=comparison.shared_config(run.seed), floors=floors, methods={})
 
-# %% ../../nbs/45_comparison.ipynb #45-016
+# %% ../../nbs/45_comparison.ipynb #45-017
 def compare(
     target: str,  # one of `TARGETS`
     data: str = "fresh",  # target samples: "fresh" ones without limit, or a "fixed" set
@@ -309,7 +310,7 @@ def compare(
         write_json(path, results)
     return results
 
-# %% ../../nbs/45_comparison.ipynb #45-018
+# %% ../../nbs/45_comparison.ipynb #45-019
 def read_results(
     out,  # folder that `compare` wrote to
     data: str,  # "fresh" or "fixed"
@@ -352,7 +353,7 @@ def _within_one_sd(row, best):
         return False
     return row["mean"] - best["mean"] <= math.sqrt(statistics.mean(squares))
 
-# %% ../../nbs/45_comparison.ipynb #45-019
+# %% ../../nbs/45_comparison.ipynb #45-020
 def side_by_side(
     results: dict,  # from `read_results`
     methods: tuple = COMPARED,  # whose times are wanted
@@ -400,7 +401,7 @@ def _cell(row, floors):
 def _line(name, cells):
     return f"| {name} | " + " | ".join(cells) + " |"
 
-# %% ../../nbs/45_comparison.ipynb #45-024
+# %% ../../nbs/45_comparison.ipynb #45-025
 def register(
     subparsers,  # those of `nsgf bench`
 ):
@@ -421,11 +422,7 @@ def register(
                         help="measure after 10 Euler steps only (quick: 5), SW2 on N pairs of "
                              "samples for each seed; needs an --out of its own (default: 3 pairs "
                              "after 10 steps, 1 after 100)")
-    parser.add_argument("--quick", action="store_true",
-                        help="tiny sizes, to see that everything works")
-    parser.add_argument("--out", default="runs/comparison",
-                        help="folder for the results (default: runs/comparison)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    add_bench_options(parser, "runs/comparison")
     parser.set_defaults(call=_command)
 
 def at_least_one(text: str) -> int:

@@ -187,18 +187,19 @@ def report(
     lines = []
     for kind, key in (("steps", "measured"), ("Adams", "measured_adams")):
         for steps, distances in result.get(key, {}).items():
-            for name, d in distances.items():
-                floor = result["floors"][name]
-                lines.append(f"{int(steps):4d} {kind}  {name.upper():3s} "
-                             f"{_with_error(d['mean'], d['se'], 4)}   "
-                             f"floor {_with_error(floor['mean'], floor['se'], 4)}   "
-                             f"ratio {_with_error(d['ratio'], d['ratio_se'], 2)}   "
-                             f"({floor['n']:,} points)")
+            lines += [f"{int(steps):4d} {kind}  {_distance(name, d, result['floors'][name])}"
+                      for name, d in distances.items()]
     if "seconds" in result:
         s = result["seconds"]
         lines.append(f"pool {s['pool']:.1f} s, training {s['training']:.1f} s, "
                      f"measuring {s['measuring']:.1f} s")
     return "\n".join(lines)
+
+def _distance(name, d, floor):
+    "A distance, its floor, and their ratio."
+    return (f"{name.upper():3s} {_with_error(d['mean'], d['se'], 4)}   "
+            f"floor {_with_error(floor['mean'], floor['se'], 4)}   "
+            f"ratio {_with_error(d['ratio'], d['ratio_se'], 2)}   ({floor['n']:,} points)")
 
 def _with_error(value, se, digits):
     "A number with its standard error, if it has one."

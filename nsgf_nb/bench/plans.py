@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from .protocol import provenance
+from .protocol import add_bench_options, provenance
 from ..data import Standardizer
 from ..files import writable_folder, write_json
 from ..images import load_images
@@ -105,11 +105,7 @@ def register(
     "Add the parser of `nsgf bench plans`."
     parser = subparsers.add_parser("plans", help="seconds of semidiscrete plans as points and "
                                                  "dimensions grow; MNIST's 60,000 images")
-    parser.add_argument("--quick", action="store_true",
-                        help="tiny sizes, to see that everything works")
-    parser.add_argument("--out", default="runs/speed",
-                        help="folder for the results (default: runs/speed)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    add_bench_options(parser, "runs/speed")
     parser.set_defaults(call=_command)
 
 def _command(args):

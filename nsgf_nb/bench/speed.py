@@ -6,7 +6,7 @@
 __all__ = ['FULL', 'QUICK', 'Limits', 'Workloads', 'free_memory', 'reason_to_skip', 'growth', 'summarise', 'describe', 'bench',
            'register']
 
-# %% ../../nbs/49_speed_bench.ipynb #49-002
+# %% ../../nbs/49_speed_bench.ipynb #49-003
 import contextlib
 import json
 import math
@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from .protocol import add_bench_options, provenance
 from nsgf_nb.bench.speed_curves import (
     METHODS,
     PEERS,
@@ -41,7 +42,7 @@ from ..files import writable_folder, write_file
 from ..flow import particle_flow
 from ..sinkhorn import velocity
 
-# %% ../../nbs/49_speed_bench.ipynb #49-004
+# %% ../../nbs/49_speed_bench.ipynb #49-005
 @dataclass(frozen=True)
 class Limits:
     "Seconds that a workload may take."
@@ -90,7 +91,7 @@ QUICK = Workloads(singles=((48, 2, 1.), (32, 64, 2.)), single_limits=Limits(.05,
                   peer_minibatches=1, steps=2, large=((256, 2, 1.),), large_limits=Limits(5., 3.),
                   growth_points=(64,), growth_batches=(), growth_dimensions=(), methods=1)
 
-# %% ../../nbs/49_speed_bench.ipynb #49-005
+# %% ../../nbs/49_speed_bench.ipynb #49-006
 def free_memory(
     device,
 ) -> int:  # bytes; 8 GiB if the system does not say
@@ -129,7 +130,7 @@ def reason_to_skip(
             return f"would take about {expected:.3g} s at its coarsest setting"
     return None
 
-# %% ../../nbs/49_speed_bench.ipynb #49-006
+# %% ../../nbs/49_speed_bench.ipynb #49-007
 def _compare(problem, methods, limits, target, large=False):
     "The curves of all methods on one problem; {label: reason} of those that were skipped."
     curves = []
@@ -151,7 +152,7 @@ def _compare(problem, methods, limits, target, large=False):
             curves.append(measure_curve(method, problem, limits.cap, chunk, end, best, warm))
     return curves, skipped
 
-# %% ../../nbs/49_speed_bench.ipynb #49-008
+# %% ../../nbs/49_speed_bench.ipynb #49-009
 def _measure_flow(x, y, blur, workloads, solved):
     "The curve of our flow, v = (x_{k+1} − x_k)/η_k; its first `solved` minibatches as problems."
     curve = Curve("nsgf_nb", "particle_flow", "float32", len(x))
@@ -193,7 +194,7 @@ def _measure_problem(n, d, blur, workloads, methods, device, large):
     problem = Problem(x, y, blur, reference)
     return *_compare(problem, methods, limits, workloads.target, large), 1
 
-# %% ../../nbs/49_speed_bench.ipynb #49-010
+# %% ../../nbs/49_speed_bench.ipynb #49-011
 def _measure_products(n, d, device):
     "Seconds of the products that any method needs; None in few dimensions, where they are cheap."
     if d < 64:
@@ -233,7 +234,7 @@ def _print_growth(n, d, batch, device, threads):
         seconds = measure_time(solve, device, 1.).seconds
     print(json.dumps(dict(n=n, d=d, batch=batch, seconds=seconds, bytes=memory)))
 
-# %% ../../nbs/49_speed_bench.ipynb #49-011
+# %% ../../nbs/49_speed_bench.ipynb #49-012
 def growth(
     n: int,  # points
     d: int,  # dimension
@@ -250,7 +251,7 @@ def growth(
         return dict(n=n, d=d, batch=batch, failed=lines[-1][:200])
     return json.loads(done.stdout.splitlines()[-1])
 
-# %% ../../nbs/49_speed_bench.ipynb #49-013
+# %% ../../nbs/49_speed_bench.ipynb #49-014
 def summarise(
     curves: list,
     target: float,  # relative L2 error
@@ -283,7 +284,7 @@ def describe(
         line += f"; {summary['fastest_peer']}/ours {summary['ratio']:.1f}"
     return line
 
-# %% ../../nbs/49_speed_bench.ipynb #49-014
+# %% ../../nbs/49_speed_bench.ipynb #49-015
 def _measure_workload(group, n, d, blur, workloads, methods, device):
     "One workload, as the file holds it."
     arguments = (n, d, blur, workloads, methods, device)
@@ -302,7 +303,7 @@ def _measure_workload(group, n, d, blur, workloads, methods, device):
                 curves=[asdict(curve) for curve in curves], skipped=skipped,
                 warnings=sorted({str(warning.message) for warning in caught}))
 
-# %% ../../nbs/49_speed_bench.ipynb #49-015
+# %% ../../nbs/49_speed_bench.ipynb #49-016
 def bench(
     workloads: Workloads = FULL,
     path=None,  # JSON file, written again after every workload
@@ -342,22 +343,17 @@ def bench(
     bar.close()
     return result
 
-# %% ../../nbs/49_speed_bench.ipynb #49-016
+# %% ../../nbs/49_speed_bench.ipynb #49-017
 def register(
     subparsers,  # those of `nsgf bench`
 ):
     "Add the parser of `nsgf bench sinkhorn`."
     parser = subparsers.add_parser("sinkhorn", help="time to accuracy beside other libraries; "
                                    "a JSON file with every point")
-    parser.add_argument("--quick", action="store_true",
-                        help="tiny sizes, to see that everything works")
-    parser.add_argument("--out", default="runs/speed",
-                        help="folder for the results (default: runs/speed)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    add_bench_options(parser, "runs/speed")
     parser.set_defaults(call=_command)
 
 def _command(args):
-    from nsgf_nb.bench.protocol import provenance
     from nsgf_nb.training import find_device
     device = find_device(args.device)
     path = writable_folder(args.out)/"sinkhorn.json"
