@@ -82,8 +82,9 @@ class Model:
         c = self.config
         net = self.make_network(sampler.shape).to(self.device, torch.float32)
         batches = self.make_batches(sampler, progress, **options) if steps_remain else ()
+        graph = c.graph and self.device.type == "cuda"
         return Trainer(net, batches, c.train_steps, c.lr, c.ema, c.clip, c.bf16,
-                       c.compile and steps_remain)
+                       c.compile and steps_remain, graph)
 
     def fit(
         self,

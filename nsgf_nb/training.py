@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FourierFeatures', 'MLP', 'setting', 'check_settings', 'TrainConfig', 'replace_settings', 'make_network',
-           'find_device', 'seeded', 'learning_rate', 'moving_average', 'matching_loss', 'Steps', 'Trainer',
-           'optimiser_tensors', 'load_optimiser_tensors', 'explain_memory', 'FitResult', 'check_loss', 'Loop',
-           'progress_bar', 'show_loss', 'fit_result']
+           'find_device', 'seeded', 'learning_rate', 'averaging_weight', 'update_average', 'matching_loss', 'Steps',
+           'Trainer', 'optimiser_tensors', 'load_optimiser_tensors', 'explain_memory', 'FitResult', 'check_loss',
+           'Loop', 'progress_bar', 'show_loss', 'fit_result']
 
 # %% ../nbs/06_training.ipynb #06-004
 import math
@@ -23,6 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
+from .cuda_graphs import CapturedStep
 from .files import with_prefix, without_prefix
 
 # %% ../nbs/06_training.ipynb #06-007
@@ -135,6 +136,7 @@ class TrainConfig:
     clip: float = setting(0., at_least=0)  # largest norm of the gradient; 0: no bound
     bf16: bool = False  # train under autocast to bfloat16
     compile: bool = False  # try torch.compile
+    graph: bool = True  # on a GPU, replay the steps as a CUDA graph
     flip: bool = False  # mirror images of the data left to right at random
     width: int = setting(192, at_least=1)  # of the MLP
     depth: int = setting(4, at_least=1)  # of the MLP, hidden layers
@@ -205,15 +207,31 @@ def learning_rate(
     warmup = min((step + 1)/min(200, steps/10 + 1), 1)
     return peak*(warmup*(1 + math.cos(math.pi*step/steps))/2)
 
-def moving_average(
-    net: nn.Module,
+def averaging_weight(
+    n: int,  # steps before this one
     decay: float,  # of the weight of the past, at each step; 0: no averaging
-) -> AveragedModel:  # its `module` is a copy of `net` with averaged weights
-    "An exponential moving average of the weights whose decay grows as (1 + n)/(10 + n)."
-    def update(averaged, current, n):
-        decay_now = min(decay, (1 + float(n))/(10 + float(n)))
-        torch._foreach_lerp_(averaged, current, 1 - decay_now)
-    return AveragedModel(net, multi_avg_fn=update)
+) -> float:
+    "How much the newest weights count in their moving average."
+    return 1. if n == 0 else 1 - min(decay, (1 + n)/(10 + n))
+
+@torch.no_grad()
+def update_average(
+    average: AveragedModel,  # its `module` has averaged weights
+    net: nn.Module,
+    weight: float | Tensor,  # of the newest weights
+):
+    "Move the average towards the weights of `net`."
+    averaged = list(average.module.parameters())
+    newest = list(net.parameters())
+    if isinstance(weight, Tensor):
+        change = torch._foreach_sub(newest, averaged)
+        torch._foreach_mul_(change, weight)
+        torch._foreach_add_(averaged, change)
+    else:
+        torch._foreach_lerp_(averaged, newest, weight)
+    for kept, current in zip(average.module.buffers(), net.buffers()):
+        kept.copy_(current)
+    average.n_averaged += 1
 
 # %% ../nbs/06_training.ipynb #06-023
 def matching_loss(
@@ -240,6 +258,7 @@ class Steps:
         self.settings = settings or {}
         self.phases = {}  # seconds of what came before the steps, by name
         self._losses = torch.zeros(steps, device=device)
+        self.read_interval = 50 if device.type == "cuda" else 1  # steps between looks at losses
 
     @property
     def losses(self) -> Tensor:  # (step,)
@@ -255,9 +274,10 @@ class Steps:
         return self
 
     def record(self, loss):
-        "Count a step, and keep its loss."
+        "Count a step, and keep its loss, which is returned."
         self._losses[self.step] = loss
         self.step += 1
+        return self._losses[self.step - 1]
 
     def load_losses(self, losses):
         "Continue after these."
@@ -282,6 +302,7 @@ class Trainer(Steps):
         clip: float = 0.,  # largest norm of the gradient; 0: no bound
         bf16: bool = False,  # run the network under autocast to bfloat16
         compile: bool = False,  # try torch.compile
+        graph: bool = False,  # replay the steps as a CUDA graph
         weight_decay: float = 0.,  # of AdamW
         loss=matching_loss,  # function of the network and the tensors of a batch
         settings: dict = None,  # what must be equal when a checkpoint is resumed
@@ -293,12 +314,20 @@ class Trainer(Steps):
         self.forward = net  # what the loss calls: the network, compiled or on several devices
         self.batches = iter(batches)
         self.lr = lr
+        self.ema = ema
         self.clip = clip
         self.bf16 = bf16
         self.loss = loss
-        self.optimiser = torch.optim.AdamW(net.parameters(), lr, weight_decay=weight_decay,
-                                           fused=self.device.type in ("cpu", "cuda"))
-        self.average = moving_average(net, ema)
+        self.average = AveragedModel(net)
+        self.average_weight = 1.
+        self.captured = None
+        if graph:  # what changes from step to step lies in tensors
+            self.captured = CapturedStep(self.update)
+            self.average_weight = torch.ones((), device=device)
+            lr = torch.tensor(lr, device=device)
+        self.optimiser = torch.optim.AdamW(
+            net.parameters(), lr, weight_decay=weight_decay,
+            fused=device.type in ("cpu", "cuda"), capturable=device.type == "cuda")
         if compile:
             self.forward = _compiled(self)
 
@@ -306,17 +335,35 @@ class Trainer(Steps):
         if self.done:
             raise StopIteration
         batch = self._next_batch()
-        self.optimiser.param_groups[0]["lr"] = learning_rate(self.step, self.steps, self.lr)
+        self._set_rates()
+        replayed = self.captured and self.forward is self.net
+        step = self.captured if replayed else self.update
         try:
-            loss = self.gradient(*batch)
+            loss = step(*batch)
         except (RuntimeError, MemoryError) as error:
             explain_memory(error, lambda n: self.gradient(*(u[:n] for u in batch)), len(batch[0]))
             raise
+        return self.record(loss)
+
+    def _set_rates(self):
+        "The learning rate, and the weight in the average, of the step that comes."
+        lr = learning_rate(self.step, self.steps, self.lr)
+        weight = averaging_weight(self.step, self.ema)
+        group = self.optimiser.param_groups[0]
+        if self.captured:
+            group["lr"].fill_(lr)
+            self.average_weight.fill_(weight)
+        else:
+            group["lr"] = lr
+            self.average_weight = weight
+
+    def update(self, *batch) -> Tensor:  # the loss, a scalar that cannot be differentiated
+        "One optimiser step."
+        loss = self.gradient(*batch)
         if self.clip:
             clip_grad_norm_(self.net.parameters(), self.clip)
         self.optimiser.step()
-        self.average.update_parameters(self.net)
-        self.record(loss)
+        update_average(self.average, self.net, self.average_weight)
         return loss
 
     def gradient(self, *batch) -> Tensor:  # the loss, a scalar without a graph
@@ -336,6 +383,8 @@ class Trainer(Steps):
     def state_dict(self) -> dict:  # flat: name -> tensor
         "Everything that the next step depends on."
         state = {"losses": self.losses, "rng": torch.default_generator.get_state()}
+        if self.device.type == "cuda":
+            state["rng_cuda"] = torch.cuda.get_rng_state(self.device)
         state |= with_prefix("net", self.net.state_dict())
         state |= with_prefix("average", self.average.state_dict())
         state |= with_prefix("optimiser", optimiser_tensors(self.optimiser))
@@ -351,6 +400,8 @@ class Trainer(Steps):
         if hasattr(self.batches, "load_state_dict"):
             self.batches.load_state_dict(without_prefix("batches", state))
         torch.default_generator.set_state(state["rng"])
+        if self.device.type == "cuda" and "rng_cuda" in state:
+            torch.cuda.set_rng_state(state["rng_cuda"], self.device)
         self.load_losses(state["losses"])
 
 # %% ../nbs/06_training.ipynb #06-027
@@ -474,18 +525,23 @@ def progress_bar(trainer, progress, desc):
                 mininterval=.5)
 
 def show_loss(trainer, bar, hint=""):
-    "Check the loss of the step before the last, and show it now and then."
-    previous = trainer.step - 2
-    if previous < 0:
+    "Check the losses but the last, and show one now and then."
+    if trainer.step % trainer.read_interval:
         return
-    loss = trainer.losses[previous].item()
-    check_loss(loss, previous, hint)
-    if previous % 50 == 0:
-        bar.set_postfix(trainer.shown(loss), refresh=False)
+    end = trainer.step - 1
+    for step, loss in _recent_losses(trainer, end - trainer.read_interval, end):
+        check_loss(loss, step, hint)
+        if step % 50 == 0:
+            bar.set_postfix(trainer.shown(loss), refresh=False)
+
+def _recent_losses(trainer, first, end):
+    "Pairs of a step and its loss."
+    first = max(0, first)
+    return enumerate(trainer.losses[first:max(0, end)].tolist(), first)
 
 def fit_result(trainer, seconds, interrupted=None, hint="") -> FitResult:
     "The result of a trainer that stops here; raises `FloatingPointError` if its last loss is NaN."
-    if trainer.step:
-        check_loss(trainer.losses[-1].item(), trainer.step - 1, hint)
+    for step, loss in _recent_losses(trainer, trainer.step - trainer.read_interval, trainer.step):
+        check_loss(loss, step, hint)
     losses = trainer.losses.cpu().clone()
     return FitResult(trainer.average.module, losses, seconds, interrupted)

@@ -19,13 +19,13 @@ from nsgf_nb.bench.image_experiments import (
     ImageExperiment,
     load_model,
     measure_images,
-    nearest_image,
     run_images,
     sample_images,
     save_sheet,
 )
 from nsgf_nb.files import pretrained_path
 from nsgf_nb.flow_matching import FlowMatching, FlowMatchingConfig
+from nsgf_nb.image_metrics import nearest_image
 from nsgf_nb.images import load_images
 from nsgf_nb.nsgf import NSGFConfig
 from nsgf_nb.nsgfpp import PARTS

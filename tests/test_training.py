@@ -5,21 +5,24 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
 
+from nsgf_nb import cuda_graphs
 from nsgf_nb.training import (
     MLP,
     FourierFeatures,
     Loop,
     TrainConfig,
     Trainer,
+    averaging_weight,
     check_loss,
     find_device,
     learning_rate,
     make_network,
-    moving_average,
     replace_settings,
     seeded,
+    update_average,
 )
 from nsgf_nb.unet import UNet
 
@@ -130,16 +133,20 @@ def test_learning_rate_rises_and_falls():
     assert rates[-1] < 1e-5
 
 
-def test_moving_average_forgets_its_first_steps():
+@pytest.mark.parametrize("kind", (float, torch.tensor))
+def test_moving_average_forgets_its_first_steps(kind):
     net = nn.Linear(1, 1, bias=False)
-    average = moving_average(net, .999)
+    net.register_buffer("count", torch.zeros(()))
+    average = AveragedModel(net)
     expected = None
-    for n, weight in enumerate((5., 1., 2., 4.)):
-        net.weight.data.fill_(weight)
-        average.update_parameters(net)
+    for n, value in enumerate((5., 1., 2., 4.)):
+        net.weight.data.fill_(value)
+        net.count += 1
+        update_average(average, net, kind(averaging_weight(n, .999)))
         decay = (1 + n)/(10 + n)  # n updates lie behind
-        expected = weight if n == 0 else decay*expected + (1 - decay)*weight
+        expected = value if n == 0 else decay*expected + (1 - decay)*value
     assert average.module.weight.item() == pytest.approx(expected)
+    assert average.module.count == 4 and average.n_averaged == 4
 
 
 def test_without_averaging_the_average_is_the_network():
@@ -192,6 +199,85 @@ def test_batches_that_end_too_early_are_reported():
     few = (batch for batch, _ in zip(batches(), range(3)))
     with pytest.raises(RuntimeError, match="batches.* 3 of 30"):
         run(small_trainer(few))
+
+
+# ---- a step as a CUDA graph; a CPU puts it through a stand-in for the recording
+
+def record_calls(monkeypatch):
+    "A replay calls the function again; what was called, in order."
+    calls = []
+
+    def on_side_stream(function, *inputs):
+        calls.append("warm-up")
+        return function(*inputs)
+
+    def record(function, *inputs):
+        calls.append("recording")
+        output = torch.full((), math.nan)
+
+        def replay():
+            calls.append("replay")
+            output.copy_(function(*inputs))
+        return replay, output
+    monkeypatch.setattr(cuda_graphs, "on_side_stream", on_side_stream)
+    monkeypatch.setattr(cuda_graphs, "record", record)
+    return calls
+
+
+def test_replayed_steps_are_the_same_steps(monkeypatch):
+    eager = run(small_trainer(clip=1.))
+    calls = record_calls(monkeypatch)
+    trainer = small_trainer(clip=1., graph=True)
+    replayed = run(trainer)
+    assert calls == ["warm-up"]*3 + ["recording"] + ["replay"]*27
+    assert_close(replayed.losses, eager.losses)
+    for p, q in zip(replayed.net.parameters(), eager.net.parameters()):
+        assert_close(p, q)
+    rate = trainer.optimiser.param_groups[0]["lr"]
+    assert rate.item() == pytest.approx(learning_rate(29, 30, 2e-3))
+
+
+def test_a_replayed_training_resumes(monkeypatch):
+    record_calls(monkeypatch)
+    whole = small_trainer(graph=True)
+    run(whole)
+    source = batches()
+    stopped = small_trainer(source, graph=True)
+    for _ in range(10):
+        next(stopped)
+    resumed = small_trainer(source, graph=True)
+    resumed.load_state_dict({name: u.clone() for name, u in stopped.state_dict().items()})
+    assert_close(run(resumed).losses, whole.losses)
+
+
+def test_another_forward_is_not_replayed(monkeypatch):
+    calls = record_calls(monkeypatch)
+    trainer = small_trainer(graph=True)
+    trainer.forward = lambda x, t: trainer.net(x, t)  # data-parallel training sets another one
+    run(trainer)
+    assert calls == []
+
+
+def test_what_cannot_be_recorded_is_said(monkeypatch):
+    record_calls(monkeypatch)
+
+    def record(function, *inputs):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+    monkeypatch.setattr(cuda_graphs, "record", record)
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing.*graph=False"):
+        run(small_trainer(graph=True))
+
+
+def test_losses_are_read_in_groups_and_none_is_missed():
+    trainer = small_trainer(batches(60), 200)
+    trainer.read_interval = 50
+    with pytest.raises(FloatingPointError, match="nan at step 60"):
+        run(trainer)
+    assert trainer.step == 100
+    trainer = small_trainer(batches(29), 30)
+    trainer.read_interval = 50
+    with pytest.raises(FloatingPointError, match="nan at step 29"):
+        run(trainer)
 
 
 # ---- what goes wrong
