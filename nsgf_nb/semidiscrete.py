@@ -176,7 +176,7 @@ class SemidiscretePlan:
         self._set_points(y, check_weights(weights, y))
         c = self.config
         loop = Loop() if loop is None else loop
-        generator = torch.Generator(self.device if source is None else "cpu").manual_seed(c.seed)
+        generator = self._generator(source, c.seed)
         with seeded(c.seed), loop:
             draw, streams = self._draws(source, generator)
             phases = {}
@@ -319,9 +319,13 @@ class SemidiscretePlan:
 
     def _fresh_draws(self, seed):
         "A function n -> draws as the cost sees them (n, D)."
-        generator = torch.Generator(self.device if self.source is None else "cpu")
-        draw, _ = self._draws(self.source, generator.manual_seed(seed))
+        draw, _ = self._draws(self.source, self._generator(self.source, seed))
         return draw
+
+    def _generator(self, source, seed):
+        "A random stream; not the one of `seed` itself, from which y may have been drawn."
+        generator = torch.Generator(self.device if source is None else "cpu")
+        return generator.manual_seed(2**31 + seed)
 
     def save(
         self,
