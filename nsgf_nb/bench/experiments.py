@@ -41,7 +41,7 @@ class Experiment:
     protocol: Protocol = Protocol()
     adams_steps: tuple = ()  # numbers of steps of Adams and Bashforth, measured as well
 
-EXPERIMENTS = {f"2d-{target}": Experiment(target, NSGFConfig(), adams_steps=(5, 10))
+EXPERIMENTS = {f"2d-{target}": Experiment(target, NSGFConfig(minibatch=1024), adams_steps=(5, 10))
                for target in TARGETS} | {
     f"self-term-{term}-moons": Experiment("moons", NSGFConfig(pool_size=2**17, self_term=term),
                                           Protocol(sample_steps=(10,), sw2_draws=(10,)))

@@ -122,7 +122,7 @@ METHODS = {
 
 # %% ../../nbs/42_image_experiments.ipynb #42-008
 _SMALL = dict(channels=32, mult=(1, 2), batch_size=64, lr=1e-3, clip=1.)
-_MNIST = dict(_SMALL, patch=2, batch_size=32, lr=2e-3)
+_MNIST = dict(_SMALL, patch=2, batch_size=256, lr=2e-3)
 _ON_GPU = dict(lr=2e-4, ema=.9999, clip=1., bf16=True, compile=True)
 _MNIST_PAPER = dict(_ON_GPU, channels=32, mult=(1, 2, 2), batch_size=256)
 _CIFAR10 = dict(_ON_GPU, channels=128, mult=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=.1,
@@ -130,7 +130,7 @@ _CIFAR10 = dict(_ON_GPU, channels=128, mult=(1, 2, 2, 2), blocks=2, attention=(1
 _CIFAR10_MINUTES = dict(_CIFAR10, channels=64, batch_size=256, lr=1e-3, ema=.999, dropout=0.)
 _EXPERIMENTS = {
     "digits": ImageExperiment("digits", _SMALL, 4500, samples=749, draws=5),
-    "mnist": ImageExperiment("mnist", _MNIST, 24_000, plan_rank=100),
+    "mnist": ImageExperiment("mnist", _MNIST, 6000, plan_rank=100, plan_blur=3., pairs=2**18),
     "mnist-paper": ImageExperiment("mnist", _MNIST_PAPER, 100_000, samples=30_000),
     "cifar10": ImageExperiment("cifar10", _CIFAR10, 400_000, samples=50_000),
     "cifar10-minutes": ImageExperiment("cifar10", _CIFAR10_MINUTES, 8000, samples=10_000),
