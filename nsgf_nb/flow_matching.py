@@ -18,8 +18,9 @@ from .data import Batches, PairPool
 from .flow import beside, integrate
 from .nsgf import FieldConfig, VelocityModel, rows_per_call
 from .semidiscrete import SemidiscretePlan, check_plan
+from .settings import setting
 from .sinkhorn import cost, potentials
-from .training import Loop, setting
+from .training import Loop
 
 # %% ../nbs/09_flow_matching.ipynb #09-008
 def straight_path(

@@ -33,15 +33,14 @@ from nsgf_nb.flow import (
     visited_times,
 )
 from .semidiscrete import SemidiscretePlan, check_plan, population_pairs
+from .settings import replace_settings, setting
 from nsgf_nb.training import (
     Loop,
     TrainConfig,
     Trainer,
     find_device,
     make_network,
-    replace_settings,
     seeded,
-    setting,
 )
 
 # %% ../nbs/07_nsgf.ipynb #07-007

@@ -29,14 +29,8 @@ from nsgf_nb.dual_ascent import (
     in_parts,
 )
 from .files import load_tensors, save_tensors
-from nsgf_nb.training import (
-    Loop,
-    check_settings,
-    find_device,
-    replace_settings,
-    seeded,
-    setting,
-)
+from .settings import check_settings, replace_settings, setting
+from .training import Loop, find_device, seeded
 
 # %% ../nbs/06c_semidiscrete.ipynb #06c-008
 @dataclass(frozen=True)

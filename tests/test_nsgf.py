@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from torch.utils.data import TensorDataset
 
-from nsgf_nb import NSGF
+from nsgf_nb import NSGF, NSGFPlusPlus
 from nsgf_nb.flow import TrajectoryPool
 from nsgf_nb.nsgf import Model, NSGFConfig
 
@@ -470,8 +470,8 @@ def test_a_second_fit_that_fails_early_leaves_the_first_model(monkeypatch, how):
 # ---- weights that come with the package
 
 def test_shipped_weights_make_images():
-    model = NSGF.from_pretrained("mnist", device="cpu")
-    x, nfe = model.sample(4, steps=5, return_nfe=True)
+    model = NSGFPlusPlus.from_pretrained("mnist", device="cpu")
+    x, nfe = model.sample(4, sinkhorn_steps=2, steps=3, return_nfe=True)
     assert x.shape == (4, 1, 28, 28) and nfe.tolist() == [5]*4
     assert x.abs().mean() > .5  # mostly black and white
 

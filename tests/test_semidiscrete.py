@@ -237,6 +237,12 @@ def test_the_seed_decides(hard):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_points_from_the_same_seed_are_not_the_draws():
+    y = normal(400, 300, seed=0)
+    plan = SemidiscretePlan(tol=.1, start_draws=200, seed=0, device="cpu").fit(y, progress=False)
+    assert plan.draws < 100*len(y)  # 22 for each point; from one stream of numbers 276
+
+
 def test_a_plan_that_is_stopped_half_way_resumes_to_the_bit(tmp_path):
     settings = dict(tol=.004, start_draws=300)
     whole = fitted(loop=LongRun(tmp_path/"whole"), **settings)

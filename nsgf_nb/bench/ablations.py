@@ -40,9 +40,10 @@ from ..flow_matching import ot_partners
 from ..metrics import Estimate, sw2
 from ..nsgf import NSGF, NSGFConfig
 from ..semidiscrete import SemidiscretePlan
+from ..settings import setting
 from ..sinkhorn import velocity
 from ..targets import sample_2d
-from ..training import find_device, setting
+from ..training import find_device
 
 # %% ../../nbs/46_ablations.ipynb #46-007
 @dataclass(frozen=True)

@@ -20,12 +20,8 @@ from torch.nn import functional as F
 from ..data import Batches, PairSampler, ShuffledRows
 from ..files import with_prefix, without_prefix
 from ..nsgf import FieldConfig, VelocityModel
-from nsgf_nb.training import (
-    Steps,
-    Trainer,
-    check_settings,
-    setting,
-)
+from ..settings import check_settings, setting
+from ..training import Steps, Trainer
 
 # %% ../../nbs/43_gradient_flows.ipynb #43-007
 class Chain(nn.Module):

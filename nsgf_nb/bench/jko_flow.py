@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['JKOFlowConfig', 'Potential', 'push_forward', 'source_log_density', 'JKOTrainer', 'JKOFlow']
 
-# %% ../../nbs/44_jko_flow.ipynb #44-002
+# %% ../../nbs/44_jko_flow.ipynb #44-003
 import copy
 import math
 from dataclasses import dataclass
@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from .gradient_flows import StagedConfig, StagedModel, StagedTrainer
 from ..data import check_sample
-from ..training import Trainer, setting
+from ..settings import setting
+from ..training import Trainer
 
-# %% ../../nbs/44_jko_flow.ipynb #44-006
+# %% ../../nbs/44_jko_flow.ipynb #44-007
 @dataclass(frozen=True)
 class JKOFlowConfig(StagedConfig):
     "Settings of a `JKOFlow` run."
@@ -34,7 +35,7 @@ class JKOFlowConfig(StagedConfig):
     time_steps: int = setting(4, at_least=1)  # Runge–Kutta steps of each stage
     particles: int = setting(2**16, at_least=2)  # data that move from stage to stage
 
-# %% ../../nbs/44_jko_flow.ipynb #44-007
+# %% ../../nbs/44_jko_flow.ipynb #44-008
 def _linear(layer, jet):
     "A linear layer on a jet (D+3, B, units): value, D+1 slopes, Laplacian."
     value = jet[:1] @ layer.weight.T + layer.bias
@@ -87,7 +88,7 @@ class Potential(nn.Module):
     def forward(self, x, s):
         return self.derivatives(x, 1 - s)[0]
 
-# %% ../../nbs/44_jko_flow.ipynb #44-008
+# %% ../../nbs/44_jko_flow.ipynb #44-009
 def push_forward(
     potential: Potential,
     x: Tensor,  # (B, D)
@@ -112,7 +113,7 @@ def push_forward(
         state = state + h/6*(k1 + 2*k2 + 2*k3 + k4)
     return state[:, :D], *state[:, D:].unbind(1)
 
-# %% ../../nbs/44_jko_flow.ipynb #44-012
+# %% ../../nbs/44_jko_flow.ipynb #44-013
 def source_log_density(
     z: Tensor,  # (B, D), in the model's unit
     standardizer,
@@ -136,7 +137,7 @@ def _check_log_density(log_density, x):
         raise ValueError(f"log_density must be finite on draws of the source, "
                          f"got {values[~values.isfinite()][0].item()}")
 
-# %% ../../nbs/44_jko_flow.ipynb #44-013
+# %% ../../nbs/44_jko_flow.ipynb #44-014
 class JKOTrainer(StagedTrainer):
     "A `Trainer` for each stage, from the data to the source."
 
@@ -171,7 +172,7 @@ class JKOTrainer(StagedTrainer):
         stage.load_state_dict(self.trainer.average.module.state_dict())
         self.move_particles(lambda x: push_forward(stage, x, self.config.time_steps)[0])
 
-# %% ../../nbs/44_jko_flow.ipynb #44-014
+# %% ../../nbs/44_jko_flow.ipynb #44-015
 class JKOFlow(StagedModel):
     "JKO-Flow (Vidal et al. 2023): `JKOFlow().fit(data).sample(n)`."
     Config = JKOFlowConfig

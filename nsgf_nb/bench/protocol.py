@@ -24,8 +24,8 @@ from torch import Tensor
 from ..files import read_json, write_file, write_json
 from ..metrics import Estimate, noise_floor, ratio, sw2, w2
 from ..runs import distributed
+from ..settings import check_settings, setting
 from ..targets import sample_2d, source_2d
-from ..training import check_settings, setting
 
 # %% ../../nbs/40_protocol.ipynb #40-007
 @dataclass(frozen=True)
