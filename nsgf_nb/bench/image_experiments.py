@@ -121,11 +121,8 @@ _MNIST_PAPER = dict(_ON_GPU, channels=32, mult=(1, 2, 2), batch_size=256)
 _CIFAR10 = dict(_ON_GPU, channels=128, mult=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=.1,
                 batch_size=128, flip=True)
 _CIFAR10_MINUTES = dict(_CIFAR10, channels=64, batch_size=256, lr=1e-3, ema=.999, dropout=0.)
-_DIGITS = ImageExperiment("digits", _SMALL, 4500, samples=749, draws=5)
 _EXPERIMENTS = {
-    "digits": _DIGITS,
-    "digits-short": replace(_DIGITS, train_steps=1500, nfe=(3, 5, 10), nfe_euler=()),
-    "digits-long": replace(_DIGITS, train_steps=9000, nfe=(3, 5, 10), nfe_euler=()),
+    "digits": ImageExperiment("digits", _SMALL, 4500, samples=749, draws=5),
     "mnist": ImageExperiment("mnist", _MNIST, 6000, plan_rank=100, plan_blur=3., pairs=2**18),
     "mnist-paper": ImageExperiment("mnist", _MNIST_PAPER, 100_000, samples=30_000),
     "cifar10": ImageExperiment("cifar10", _CIFAR10, 400_000, samples=50_000),
