@@ -9,6 +9,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
 
 from nsgf_nb import cuda_graphs
+from nsgf_nb.settings import replace_settings
 from nsgf_nb.training import (
     MLP,
     FourierFeatures,
@@ -20,7 +21,6 @@ from nsgf_nb.training import (
     find_device,
     learning_rate,
     make_network,
-    replace_settings,
     seeded,
     update_average,
 )
