@@ -53,6 +53,10 @@ class CapturedStep:
         *inputs: Tensor,
     ) -> Tensor:  # written anew by the next call
         "Raises `ValueError` for other shapes, `RuntimeError` for what cannot be recorded."
+        with torch.cuda.device_of(inputs[0]):
+            return self._call(inputs)
+
+    def _call(self, inputs):
         self.calls += 1
         if self.calls <= WARM_UPS:
             return on_side_stream(self.function, *inputs)

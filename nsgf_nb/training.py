@@ -340,6 +340,8 @@ class Trainer(Steps):
         self.net.load_state_dict(without_prefix("net", state))
         self.average.load_state_dict(without_prefix("average", state))
         load_optimiser_tensors(self.optimiser, without_prefix("optimiser", state))
+        if self.captured:  # a recording would write to what was there before
+            self.captured = CapturedStep(self.update)
         if hasattr(self.batches, "load_state_dict"):
             self.batches.load_state_dict(without_prefix("batches", state))
         torch.default_generator.set_state(state["rng"])

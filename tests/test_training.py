@@ -238,7 +238,7 @@ def test_replayed_steps_are_the_same_steps(monkeypatch):
 
 
 def test_a_replayed_training_resumes(monkeypatch):
-    record_calls(monkeypatch)
+    calls = record_calls(monkeypatch)
     whole = small_trainer(graph=True)
     run(whole)
     source = batches()
@@ -248,6 +248,11 @@ def test_a_replayed_training_resumes(monkeypatch):
     resumed = small_trainer(source, graph=True)
     resumed.load_state_dict({name: u.clone() for name, u in stopped.state_dict().items()})
     assert_close(run(resumed).losses, whole.losses)
+    recordings = calls.count("recording")
+    resumed.load_state_dict({name: u.clone() for name, u in stopped.state_dict().items()})
+    for _ in range(10):  # not by the recording of what was there before
+        next(resumed)
+    assert calls.count("recording") == recordings + 1
 
 
 def test_another_forward_is_not_replayed(monkeypatch):

@@ -135,6 +135,10 @@ for _base, _experiment in _EXPERIMENTS.items():
         IMAGE_EXPERIMENTS[_name] = replace(_experiment, method=_method)
 
 # %% ../../nbs/42_image_experiments.ipynb #42-010
+def _usual_split(model, nfe):
+    "The Sinkhorn steps among the calls of an NSGF++."
+    return min(model.sinkhorn.config.sample_steps, nfe//2)
+
 def sample_images(
     model,  # a trained NSGFPlusPlus or FlowMatching
     n: int,  # number of images
@@ -150,7 +154,7 @@ def sample_images(
             raise ValueError(f"nfe must be at least {2 + predictor} for this NSGF++ (a call of "
                              f"each network), got {nfe}")
         if sinkhorn_steps is None:
-            sinkhorn_steps = min(model.sinkhorn.config.sample_steps, nfe//2)
+            sinkhorn_steps = _usual_split(model, nfe)
         options |= dict(sinkhorn_steps=sinkhorn_steps, steps=nfe - predictor - sinkhorn_steps)
     elif nfe is not None:
         options |= dict(steps=nfe)
@@ -241,15 +245,14 @@ def _measure_splits(meter, model, measured, seed):
     "Fréchet distances of NSGF++, by its calls and the Sinkhorn steps among them."
     splits = {}
     for nfe in sorted(SPLITS.keys() & set(meter.experiment.nfe)):
-        most = nfe - len(model.parts) + 1  # a call remains for each other network
-        usual = min(model.sinkhorn.config.sample_steps, nfe//2)
-        distances = {}
-        for steps in (steps for steps in SPLITS[nfe] if steps <= most):
-            m = measured["nfe"][str(nfe)]
-            if steps != usual:
+        usual = _usual_split(model, nfe)
+        distances = splits.setdefault(str(nfe), {})
+        for steps in SPLITS[nfe]:
+            if steps == usual:
+                distances[str(steps)] = measured["nfe"][str(nfe)]["frechet"]["mean"]
+            elif steps <= nfe - len(model.parts) + 1:  # a call remains for each other network
                 m = meter.measure(model, nfe, seed, sinkhorn_steps=steps, **_ADAMS)
-            distances[str(steps)] = m["frechet"]["mean"]
-        splits[str(nfe)] = distances
+                distances[str(steps)] = m["frechet"]["mean"]
     return splits
 
 def measure_images(
