@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .files import with_prefix, without_prefix
 from .sinkhorn import potentials
-from .training import Steps
+from .training import Steps, update_average
 
 # %% ../nbs/06b_dual_ascent.ipynb #06b-008
 BLOCK = {"cpu": 2**20, "cuda": 2**27}  # scores that are held at once
@@ -162,12 +162,6 @@ class Prices(nn.Module):
         super().__init__()
         self.g = nn.Parameter(g, requires_grad=False)
 
-def _average(prices):
-    "The average of the iterates, with weights that grow as k."
-    def update(averaged, current, n):
-        torch._foreach_lerp_(averaged, current, 2/(float(n) + 2))
-    return AveragedModel(prices, multi_avg_fn=update)
-
 # %% ../nbs/06b_dual_ascent.ipynb #06b-015
 def check_size(
     N: int,  # points
@@ -201,7 +195,7 @@ class DualAscent(Steps):
         self.batch_size = batch_size
         self.tol = tol
         self.net = Prices(g)
-        self.average = _average(self.net)
+        self.average = AveragedModel(self.net)
         self.scale = None  # s, from the first batch on
         self.checks = [start]  # and a `Balance` for each check
         self.check_draws = check_size(len(g), tol)
@@ -228,7 +222,8 @@ class DualAscent(Steps):
         loss = (scores[:, 0].mean() - x.square().sum(1).mean()/2) - (self.weights*g).sum()
         self._observe(scores[:, 0] - scores[:, 1])
         g += self.step_size()*(self.batch_size*self.weights - counts)
-        self.average.update_parameters(self.net)
+        # the average of the iterates, with weights that grow as k
+        update_average(self.average, self.net, 2/(self.step + 2))
         self.record(loss)
         if self._check_is_due():
             self.check()
