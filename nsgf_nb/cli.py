@@ -32,6 +32,7 @@ from nsgf_nb.bench.image_experiments import (
     save_sheet,
     train_images,
 )
+from .bench.own_data import evaluate_file, register_fit, table_of, write_rows
 from .bench.protocol import add_device, draw, measure, measure_floors
 from .files import pretrained_names, read_json
 from .images import load_images
@@ -95,9 +96,14 @@ def _sample(args):
     if _is_of_images(model):
         _sample_images(args, model, out)
         return
-    if args.nfe or out.suffix != ".npy":
+    rows = out.suffix in (".csv", ".tsv", ".parquet")
+    if args.nfe or not rows and out.suffix != ".npy":
         raise ValueError(f"{args.path} is not a model of images: it takes --steps instead of "
-                         f"--nfe, and a .npy file for -o, got {out}")
+                         f"--nfe, and a .npy, .csv, .tsv or .parquet file for -o, got {out}")
+    if rows:
+        write_rows(model.sample(args.n, args.steps, args.seed), table_of(args.path), out)
+        print(f"wrote {out}: {args.n:,} rows, seed {args.seed}")
+        return
     target = _target_of(args.path, args.target)
     if target is None:
         x = model.sample(args.n, args.steps, args.seed)
@@ -120,13 +126,16 @@ def _sample_images(args, model, out):
 # %% ../nbs/50_cli.ipynb #50-009
 def _evaluate(args):
     model = load_model(args.path, args.device)
+    if args.data:
+        evaluate_file(model, args.path, args.data, args.picture, args.seed)
+        return
     if _is_of_images(model):
         _evaluate_images(args, model)
         return
     target = _target_of(args.path, args.target)
     if target is None:
         raise ValueError(f"what {args.path} was trained on is not known, since there is no "
-                         f"result.json beside it: name it with --target")
+                         f"result.json beside it: name a file of data, or a target with --target")
     sample_2d(target, 1)  # raises for an unknown name
     protocol = EXPERIMENTS[f"2d-{target}"].protocol
     print(f"{args.path} against {target}: measuring floors and distances …", flush=True)
@@ -154,8 +163,8 @@ def _register_sample(commands):
     parser.add_argument("-n", type=at_least_one, default=1024,
                         help="number of samples (default: 1024)")
     parser.add_argument("-o", "--output", default="samples.npy",
-                        help="file to write: .npy, or .png for a sheet of images "
-                             "(default: samples.npy)")
+                        help="file to write: .npy, .csv, .tsv, .parquet, or .png for a sheet "
+                             "of images (default: samples.npy)")
     parser.add_argument("--nfe", type=at_least_one,
                         help="of images: network calls for each (default: those of the training)")
     parser.add_argument("--steps", type=at_least_one,
@@ -167,6 +176,10 @@ def _register_evaluate(commands):
     words = "measure a trained model: W2 and SW2 with floors and ratios"
     parser = commands.add_parser("evaluate", help=words, description=words)
     _add_model(parser)
+    parser.add_argument("data", metavar="DATA", nargs="?",
+                        help="a file with the data, for a model of nsgf fit")
+    parser.add_argument("--picture", metavar="FILE",
+                        help="draw marginals and pairs of columns into this .png file")
     parser.set_defaults(call=_evaluate)
 
 def _add_model(parser):
@@ -249,6 +262,7 @@ def _parser():
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_device(register_demo(commands))
     _register_train(commands)
+    register_fit(commands)
     _register_sample(commands)
     _register_evaluate(commands)
     _register_bench(commands)

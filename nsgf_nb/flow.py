@@ -298,25 +298,27 @@ def visited_times(
     n: int,
     steps: int,  # K
     generator: torch.Generator,
+    visited_share: float = .5,  # of the times that begin a step (w = 0)
 ) -> tuple[Tensor, Tensor]:  # k and w, (n,) each, of the times (k + w)/K
-    "Random times of K steps: half of them at the start of a step (w = 0), half within it."
+    "Random times of K steps: some at the start of a step, the others within it."
     device = generator.device
     k = torch.randint(steps, (n,), generator=generator, device=device)
     w = torch.rand(n, dtype=torch.float32, generator=generator, device=device)
-    return k, w*(torch.arange(n, device=device) >= n//2)
+    return k, w*(torch.arange(n, device=device) >= int(visited_share*n))
 
 def draw_from_paths(
     states: Tensor,  # paths (steps+1, capacity, *shape)
     filled: int,  # how many of them, from the first, are drawn from
     size: int,  # number of points
     generator: torch.Generator,  # on the device of `states`
+    visited_share: float = .5,  # of the points that are visited states
 ) -> tuple[Tensor, Tensor, Tensor]:  # x (size, *shape), t (size,), dx/dt (size, *shape)
-    "Random points of the paths: half at the visited states, half between them."
+    "Random points of the paths: some are visited states, the others lie between them."
     if not filled:
         raise ValueError("the pool is empty: call add(x, y) or build(recipe, sampler) first")
     K = len(states) - 1
     i = torch.randint(filled, (size,), generator=generator, device=states.device)
-    k, w = visited_times(size, K, generator)
+    k, w = visited_times(size, K, generator, visited_share)
     move = states[k + 1, i] - states[k, i]
     x = states[k, i] + move*beside(w, move)
     return x, (k + w)/K, move*K
@@ -429,9 +431,10 @@ class TrajectoryPool:
         self,
         size: int,  # number of points
         generator: torch.Generator,  # on the pool's device
+        visited_share: float = .5,  # of the points that are visited states
     ) -> tuple[Tensor, Tensor, Tensor]:  # x (size, *shape), t (size,), dx/dt (size, *shape)
-        "Random points of the paths: half at the visited states, half between them."
-        return draw_from_paths(self.states, len(self), size, generator)
+        "Random points of the paths: some are visited states, the others lie between them."
+        return draw_from_paths(self.states, len(self), size, generator, visited_share)
 
     def flows_of(
         self,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .data import Batches, PairPool
 from .flow import beside, integrate
-from .nsgf import FieldConfig, VelocityModel, rows_per_call
+from .models import FieldConfig, VelocityModel, rows_per_call
 from .semidiscrete import SemidiscretePlan, check_plan
 from .settings import setting
 from .sinkhorn import cost, potentials

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['w2', 'sw2', 'Estimate', 'noise_floor', 'ratio']
 
-# %% ../nbs/08_metrics.ipynb #08-003
+# %% ../nbs/08_metrics.ipynb #08-004
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .sinkhorn import check_points
 
-# %% ../nbs/08_metrics.ipynb #08-007
+# %% ../nbs/08_metrics.ipynb #08-008
 def _flatten(x, y):
     "Two samples, checked, as (N, D) and (M, D) in float64 on the CPU."
     x = check_points("x", x)
@@ -27,14 +28,27 @@ def _flatten(x, y):
     x, y = (z.detach().flatten(1).cpu().double() for z in (x, y))
     return x, y
 
-# %% ../nbs/08_metrics.ipynb #08-008
+# %% ../nbs/08_metrics.ipynb #08-009
+_BYTES = 40  # for each pair of points, measured: the costs, and what POT keeps
+
+def _check_memory(pairs):
+    "MemoryError before anything is allocated, if this machine has too little."
+    if not hasattr(os, "sysconf"):
+        return
+    memory = os.sysconf("SC_PHYS_PAGES")*os.sysconf("SC_PAGE_SIZE")
+    if pairs*_BYTES > memory:
+        raise MemoryError(f"w2 needs about {pairs*_BYTES/2**30:,.0f} GiB for {pairs:,} pairs of "
+                          f"points, and this machine has {memory/2**30:,.0f} GiB: use sw2, or "
+                          f"fewer points")
+
 def w2(
     x: Tensor,  # sample (N, *shape)
     y: Tensor,  # sample (M, *shape); M may differ from N
 ) -> float:  # in the unit of x
-    "Exact 2-Wasserstein distance. Raises `RuntimeError` if POT does not reach the optimum."
+    "Exact 2-Wasserstein distance. Raises `MemoryError` for more points than fit."
     import ot
     x, y = _flatten(x, y)
+    _check_memory(len(x)*len(y))
     cost = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square_()
     value, log = ot.emd2([], [], cost.numpy(), numItermax=100_000_000, log=True)
     if log["warning"] is not None:
@@ -42,7 +56,7 @@ def w2(
                            f"{log['warning']}")
     return math.sqrt(max(float(value), 0.))
 
-# %% ../nbs/08_metrics.ipynb #08-014
+# %% ../nbs/08_metrics.ipynb #08-015
 def _directions(dim, number, seed):
     "(number, dim) unit vectors: even over a half circle in the plane, random otherwise."
     if dim == 2:
@@ -61,7 +75,7 @@ def _sorted_coupling(N, M):
     mass = np.diff(levels, prepend=0)/(N*M)
     return (levels - 1)//M, (levels - 1)//N, mass
 
-# %% ../nbs/08_metrics.ipynb #08-015
+# %% ../nbs/08_metrics.ipynb #08-016
 def sw2(
     x: Tensor,  # sample (N, *shape)
     y: Tensor,  # sample (M, *shape); M may differ from N
@@ -82,7 +96,7 @@ def sw2(
         total += (np.square(px[:, i] - py[:, j]) @ mass).sum()
     return math.sqrt(total/directions)
 
-# %% ../nbs/08_metrics.ipynb #08-021
+# %% ../nbs/08_metrics.ipynb #08-022
 class Estimate(NamedTuple):
     "A mean with its standard error; NaN for the error of a single value."
     mean: float
@@ -105,7 +119,7 @@ class Estimate(NamedTuple):
         se = v.std(ddof=1)/math.sqrt(len(v)) if len(v) > 1 else math.nan
         return cls(float(v.mean()), float(se))
 
-# %% ../nbs/08_metrics.ipynb #08-024
+# %% ../nbs/08_metrics.ipynb #08-025
 def noise_floor(
     metric: Callable,  # such as `w2`: two samples -> float
     draw: Callable,  # n, seed -> a sample (n, *shape)
@@ -121,7 +135,7 @@ def noise_floor(
     seeds = range(first, first + 2*pairs, 2)
     return Estimate.of([metric(draw(n, s), draw(n, s + 1)) for s in seeds])
 
-# %% ../nbs/08_metrics.ipynb #08-029
+# %% ../nbs/08_metrics.ipynb #08-030
 def ratio(
     values: Sequence[float] | Estimate,  # distances of a model's samples to the target
     floors: Sequence[float] | Estimate,  # distances between samples of the target

@@ -10,8 +10,9 @@ from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from .data import Batches, as_sampler, stack_dataset
+from .data import Batches, as_points, as_sampler
 from nsgf_nb.files import (
     load_tensors,
     pretrained_path,
@@ -20,7 +21,9 @@ from nsgf_nb.files import (
     without_prefix,
 )
 from .flow_matching import FlowMatching, FlowMatchingConfig, random_times, straight_path
-from .nsgf import NSGF, Model, NSGFConfig
+from .models import Model
+from .nsgf import NSGF, NSGFConfig
+from .settings import Configurable, replace_settings
 from .training import TrainConfig, find_device, seeded
 from .unet import TimeNet
 
@@ -65,16 +68,17 @@ def _configs_with(configs, settings):
         if name not in known:
             raise TypeError(f"{name!r} is not a setting of NSGF++; known are "
                             f"{', '.join(sorted(known))}")
-    return [replace(config, **{name: value for name, value in settings.items()
-                               if hasattr(config, name)}) for config in configs]
+    return [replace_settings(config, {name: value for name, value in settings.items()
+                                      if hasattr(config, name)}, "NSGF++") for config in configs]
 
 # %% ../nbs/12_nsgfpp.ipynb #12-012
 def check_images(
     data,  # images (N, C, H, W) in [-1, 1], a Dataset of them, or a function n -> (n, C, H, W)
     seed: int = 0,  # for a function that draws from torch's global generator
-):  # `data`, a Dataset as one tensor
+):  # `data`, an array of any kind as a tensor
     "Raise `ValueError` if the data are not images in [−1, 1]."
-    data = stack_dataset(data)
+    if not callable(data) and not isinstance(data, (Dataset, DataLoader)):
+        data = as_points(data)
     x = data
     if not isinstance(data, Tensor):
         with seeded(seed):
@@ -87,7 +91,7 @@ def check_images(
     return data
 
 # %% ../nbs/12_nsgfpp.ipynb #12-014
-class NSGFPlusPlus:
+class NSGFPlusPlus(Configurable):
     "NSGF++ (Algorithm 3): `NSGFPlusPlus().fit(images).sample(n)`."
 
     def __init__(
@@ -110,6 +114,40 @@ class NSGFPlusPlus:
         self.sinkhorn = NSGF(configs[0], device)
         self.predictor = TimePredictor(configs[1], device)
         self.straight = FlowMatching(configs[2], device)
+
+    def get_params(
+        self,
+        deep: bool = True,  # also those of the parts, such as straight__lr?
+    ) -> dict:  # name -> value
+        "The configs of the parts, and how they are joined."
+        params = dict(handover=self.handover, delivered=self.delivered, device=self.straight.device)
+        for name in PARTS:
+            part = getattr(self, name)
+            params[name] = part.config
+            if deep:
+                params |= {f"{name}__{key}": value for key, value in part.get_params().items()}
+        return params
+
+    def set_params(
+        self,
+        **params,  # as in `get_params`
+    ):  # the model itself
+        "Change settings. Trained networks stay as they are."
+        for name, value in params.items():
+            part, _, setting = name.partition("__")
+            if name in PARTS:
+                getattr(self, name).config = value
+            elif part in PARTS:
+                getattr(self, part).set_params(**{setting: value})
+            elif name == "device":
+                for part in PARTS:
+                    getattr(self, part).set_params(device=value)
+            elif name in ("handover", "delivered"):
+                setattr(self, name, value)
+            else:
+                raise TypeError(f"{name!r} is not a parameter of NSGF++; known are "
+                                f"{', '.join(self.get_params())}")
+        return self
 
     @property
     def parts(self) -> dict:  # name -> model

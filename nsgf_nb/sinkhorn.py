@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cost', 'check_points', 'Diagnostics', 'potentials', 'barycentric_map', 'velocity', 'divergence']
 
-# %% ../nbs/02_sinkhorn.ipynb #02-003
+# %% ../nbs/02_sinkhorn.ipynb #02-004
 import math
 import numbers
 import sys
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from .solver import Problems, Solution, Workspace, log_normaliser, solve
 
-# %% ../nbs/02_sinkhorn.ipynb #02-006
+# %% ../nbs/02_sinkhorn.ipynb #02-007
 def cost(
     x: Tensor,  # points (..., N, D)
     y: Tensor,  # points (..., M, D)
@@ -33,7 +33,7 @@ def cost(
     C += y.square().sum(-1)[..., None, :]/2
     return C.clamp_min_(0)
 
-# %% ../nbs/02_sinkhorn.ipynb #02-013
+# %% ../nbs/02_sinkhorn.ipynb #02-014
 def check_points(
     name: str,  # what the caller calls it
     x: Tensor,  # should be (..., N, D), floating point, finite
@@ -58,7 +58,7 @@ def check_points(
                              f"the first at index {tuple(bad[0].tolist())}")
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
-# %% ../nbs/02_sinkhorn.ipynb #02-015
+# %% ../nbs/02_sinkhorn.ipynb #02-016
 def _check_blur(blur):
     number = isinstance(blur, numbers.Real) and not isinstance(blur, bool)
     if not number or not 0 < blur < math.inf:
@@ -66,17 +66,20 @@ def _check_blur(blur):
 
 
 def _check_weights(weights, x, y):
-    "Both weights, (..., N) and (..., M), uniform unless given."
+    "Both weights, (..., N) and (..., M), uniform where they are None; zero becomes 1e-20."
     N = x.shape[-2]
     M = y.shape[-2]
-    if weights is None:
-        return x.new_full((N,), 1/N), x.new_full((M,), 1/M)
-    for k, (w, n) in enumerate(zip(weights, (N, M))):
+    checked = []
+    for k, (w, n) in enumerate(zip((None, None) if weights is None else weights, (N, M))):
+        if w is None:
+            checked.append(x.new_full((n,), 1/n))
+            continue
         if w.shape[-1] != n:
             raise ValueError(f"weights[{k}] must have {n} entries, got shape {tuple(w.shape)}")
-        if not (w > 0).all() or (w.sum(-1) - 1).abs().max() > 1e-4:
-            raise ValueError(f"weights[{k}] must be positive and sum to 1")
-    return weights
+        if not (w >= 0).all() or (w.sum(-1) - 1).abs().max() > 1e-4:
+            raise ValueError(f"weights[{k}] must be at least 0 and sum to 1")
+        checked.append(w.clamp(min=1e-20))  # an absent point still has a logarithm
+    return checked
 
 
 def _expands(shape, lead):
@@ -97,7 +100,7 @@ def _check_init(init, lead, n):
                          f"got shape {tuple(init.shape)}")
     return init.expand(*lead, n)
 
-# %% ../nbs/02_sinkhorn.ipynb #02-017
+# %% ../nbs/02_sinkhorn.ipynb #02-018
 class _Cloud(NamedTuple):
     "B clouds as the solver wants them."
     X: Tensor  # points (B, N, D), from their mean, in blurs
@@ -137,7 +140,7 @@ def _clouds(x, y, weights, blur, tol, self_terms=0):
         nu = _centre(y, b, blur, lead, torch.float64)
     return lead, mu, nu
 
-# %% ../nbs/02_sinkhorn.ipynb #02-019
+# %% ../nbs/02_sinkhorn.ipynb #02-020
 def _start(init, offset, mu, nu, blur, symmetric):
     "The bias (B, 1, M) of a guess of g (..., M), moved to where the answer can be."
     h = (init.to(offset)/blur**2).reshape(offset.shape) + offset
@@ -162,7 +165,7 @@ def _warn(message):
         level += 1
     warnings.warn(message, stacklevel=level)
 
-# %% ../nbs/02_sinkhorn.ipynb #02-020
+# %% ../nbs/02_sinkhorn.ipynb #02-021
 class _Settings(NamedTuple):
     "How to solve."
     blur: float
@@ -206,13 +209,13 @@ def _solve(mu, nu, settings, init=None, masked=False, symmetric=False):
               f"above tol={tol:.1e}")
     return _Plan(mu, nu, blur, offset, solution)
 
-# %% ../nbs/02_sinkhorn.ipynb #02-022
+# %% ../nbs/02_sinkhorn.ipynb #02-023
 class Diagnostics(NamedTuple):
     "How the solve of each problem (...) went."
     iterations: Tensor  # Sinkhorn iterations at the wanted ε
     error: Tensor  # L1 error of the marginals that was reached
 
-# %% ../nbs/02_sinkhorn.ipynb #02-023
+# %% ../nbs/02_sinkhorn.ipynb #02-024
 def _diagnostics(lead, solution):
     return Diagnostics(solution.iterations.reshape(lead), solution.error.reshape(lead))
 
@@ -227,7 +230,7 @@ def _by_problem(potential, lead, dtype):
     "A potential (B, 1, N) as (*lead, N)."
     return potential.reshape(*lead, -1).to(dtype)
 
-# %% ../nbs/02_sinkhorn.ipynb #02-024
+# %% ../nbs/02_sinkhorn.ipynb #02-025
 @torch.no_grad()
 def potentials(
     x: Tensor,  # points (..., N, D)
@@ -236,7 +239,7 @@ def potentials(
     tol: float = 1e-3,  # stop when the L1 error of the plan's marginals is below
     max_iter: int = 2000,  # stop there at the latest, with a warning
     init: Tensor = None,  # a guess of g (..., M) to start from, without annealing
-    weights: tuple = None,  # (a, b), positive, each of sum 1; uniform where None
+    weights: tuple = None,  # (a, b), each of sum 1; None: uniform, 0: an absent point
     diagnostics: bool = False,  # also return `Diagnostics`?
 ) -> tuple:  # f (..., N), g (..., M) in squared units of x, of equal mean; float32 at least
     "The W_ε-potentials of Lemma 1 for the cost ½‖x − y‖²."
@@ -251,7 +254,7 @@ def potentials(
     out = (_by_problem(f + shift, lead, x.dtype), _by_problem(g - shift, lead, x.dtype))
     return (*out, _diagnostics(lead, plan.solution)) if diagnostics else out
 
-# %% ../nbs/02_sinkhorn.ipynb #02-028
+# %% ../nbs/02_sinkhorn.ipynb #02-029
 @torch.no_grad()
 def barycentric_map(
     x: Tensor,  # points (..., N, D)
@@ -260,7 +263,7 @@ def barycentric_map(
     tol: float = 1e-3,  # L1 error of the marginals
     max_iter: int = 2000,  # with a warning where they do not reach it
     init: Tensor = None,  # a guess of g (..., M)
-    weights: tuple = None,  # (a, b), positive, each of sum 1
+    weights: tuple = None,  # (a, b), each of sum 1; None: uniform, 0: an absent point
     diagnostics: bool = False,  # also return `Diagnostics`?
 ) -> Tensor:  # T(x_i) = E[y | x_i] under the entropic plan (..., N, D), of x's dtype
     "The barycentric projection of the entropic plan; ∇f(x) = x − T(x)."
@@ -272,7 +275,7 @@ def barycentric_map(
     T = _unscale(solution.T, nu.mean, blur, lead, x.dtype)
     return (T, _diagnostics(lead, solution)) if diagnostics else T
 
-# %% ../nbs/02_sinkhorn.ipynb #02-031
+# %% ../nbs/02_sinkhorn.ipynb #02-032
 def _check_self_term(self_term, x):
     "The second batch, or None, and whether the diagonal is masked."
     if isinstance(self_term, Tensor):
@@ -296,7 +299,7 @@ def _second_clouds(x, second, weights, lead, blur, tol):
     _, mu, nu = _clouds(x.expand(*lead, *x.shape[-2:]), second, weights, blur, tol)
     return mu, nu
 
-# %% ../nbs/02_sinkhorn.ipynb #02-032
+# %% ../nbs/02_sinkhorn.ipynb #02-033
 @torch.no_grad()
 def velocity(
     x: Tensor,  # particles (..., N, D)
@@ -305,7 +308,7 @@ def velocity(
     tol: float = 1e-3,  # L1 error of the marginals
     max_iter: int = 2000,  # with a warning where they do not reach it
     init: tuple = None,  # guesses (g (..., M), h (..., N or L)), as returned with `return_init`
-    weights: tuple = None,  # (a, b), positive, each of sum 1
+    weights: tuple = None,  # (a, b), each of sum 1; None: uniform, 0: an absent point
     self_term="same",  # or "masked", or a second batch (..., L, D) of x's law, with equal weights
     return_init: bool = False,  # also return (g, h): y's potential against x, and x's own?
     diagnostics: bool = False,  # also return `Diagnostics`: all iterations, the larger error?
@@ -336,7 +339,7 @@ def velocity(
         out.append(Diagnostics(iterations.reshape(lead), error.reshape(lead)))
     return tuple(out) if len(out) > 1 else out[0]
 
-# %% ../nbs/02_sinkhorn.ipynb #02-039
+# %% ../nbs/02_sinkhorn.ipynb #02-040
 class _Divergence(torch.autograd.Function):
     "S_ε of clouds of one leading shape; gradients by velocities and potentials."
 
@@ -376,19 +379,19 @@ class _Divergence(torch.autograd.Function):
         grad_a, grad_b = (tensor[..., 0, :].sum_to_size(shape) for tensor, shape in pairs)
         return grad_x, grad_y, grad_a, grad_b, None, None, None
 
-# %% ../nbs/02_sinkhorn.ipynb #02-040
+# %% ../nbs/02_sinkhorn.ipynb #02-041
 def divergence(
     x: Tensor,  # points (..., N, D)
     y: Tensor,  # points (..., M, D)
     blur: float,  # square root of ε, in the units of x
     tol: float = 1e-3,  # L1 error of the marginals
     max_iter: int = 2000,  # with a warning where they do not reach it
-    weights: tuple = None,  # (a, b), positive, each of sum 1
+    weights: tuple = None,  # (a, b), each of sum 1; None: uniform, 0: an absent point
 ) -> Tensor:  # S_ε(x, y) (...), in squared units of x; differentiable once in x, y and the weights
     "The Sinkhorn divergence (Genevay et al. 2018; Feydy et al. 2019)."
     x = check_points("x", x)
     y = check_points("y", y, like=x)
-    a, b = (None, None) if weights is None else weights
+    a, b = (None, None) if weights is None else _check_weights(weights, x, y)
     weight_shapes = [] if weights is None else [a.shape[:-1], b.shape[:-1]]
     lead = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2], *weight_shapes)
     x = x.expand(*lead, *x.shape[-2:])

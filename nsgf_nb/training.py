@@ -84,7 +84,7 @@ class MLP(nn.Module):
 @dataclass(frozen=True)
 class TrainConfig:
     "Settings of a network and its training. The paper's own are not known to us: all are chosen."
-    train_steps: int = setting(20_000, at_least=1)  # optimiser steps
+    train_steps: int = setting(0, at_least=0)  # optimiser steps; 0: from the size of the data
     batch_size: int = setting(1024, at_least=1)  # states in each
     lr: float = setting(2e-3, above=0)  # highest learning rate
     ema: float = setting(.999, at_least=0, below=1)  # decay of the moving average of the weights
@@ -92,6 +92,7 @@ class TrainConfig:
     bf16: bool = False  # train under autocast to bfloat16
     compile: bool = False  # try torch.compile
     graph: bool = True  # on a GPU, replay the steps as a CUDA graph
+    scale: str = setting("auto", choices=("auto", "feature", "global", "none"))  # of the data
     flip: bool = False  # mirror images of the data left to right at random
     width: int = setting(192, at_least=1)  # of the MLP
     depth: int = setting(4, at_least=1)  # of the MLP, hidden layers
@@ -129,7 +130,7 @@ def find_device(
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {str(device)!r} cannot be used here: {reason}") from None
-    return torch.device(device)
+    return device if isinstance(device, torch.device) else torch.device(device)
 
 @contextmanager
 def seeded(

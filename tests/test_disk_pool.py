@@ -334,11 +334,11 @@ def test_a_checkpoint_holds_the_position(tmp_path):
         count = 0
         stop_at = None
 
-        def batch(self, size, generator):
+        def batch(self, size, generator, visited_share=.5):
             self.count += 1
             if self.count == self.stop_at:
                 os.kill(os.getpid(), 2)
-            return super().batch(size, generator)
+            return super().batch(size, generator, visited_share)
 
     def train(folder, stop_at=None):
         pool = Small(folder/"pool", window_mb=.1)

@@ -374,6 +374,13 @@ def test_batch_lies_on_the_paths():
     assert (w[150:] > 1e-4).float().mean() > .95 and set(k.tolist()) == {0, 1, 2}
 
 
+@pytest.mark.parametrize("share, visited", ((0., 0), (.25, 75), (1., 300)))
+def test_the_share_of_visited_states(share, visited):
+    _, t, _ = filled().batch(300, generator(), share)
+    w = 3*t - (3*t + 1e-5).floor()
+    assert (w[:visited].abs() < 1e-5).all() and (w[visited:] > 1e-4).sum() >= .98*(300 - visited)
+
+
 def test_pool_of_images():
     pool = filled(shape=(3, 4, 4))
     x, t, u = pool.batch(7, generator())

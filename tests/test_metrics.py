@@ -107,6 +107,12 @@ def test_bad_input(metric):
         metric(x, x.numpy())
 
 
+def test_w2_of_too_many_points_says_what_it_needs_and_what_to_use():
+    x = torch.zeros(1, 2).expand(2_000_000, 2)
+    with pytest.raises(MemoryError, match=r"GiB for 4,000,000,000,000 pairs.*sw2"):
+        w2(x, x)
+
+
 def test_sw2_needs_a_direction():
     with pytest.raises(ValueError, match="directions.*0"):
         sw2(normal(4, 2), normal(4, 2), directions=0)

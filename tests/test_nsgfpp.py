@@ -216,7 +216,7 @@ def test_adaptive_sampling_counts_too(model):
     with CountRows(model) as rows:
         x, nfe = model.sample(4, method="dopri5", return_nfe=True)
     assert nfe.sum() == sum(rows.values())
-    assert_close(x, model.sample(4, method="heun", steps=200), atol=.02, rtol=.02)
+    assert_close(x, model.sample(4, method="heun", steps=200), atol=.03, rtol=.03)
 
 
 @pytest.mark.parametrize("arguments, error, words", (
@@ -256,11 +256,11 @@ def test_images_in_every_form(plain):
     (torch.zeros(5, 64), ValueError, r"images.*\(5, 64\)"),
     (torch.zeros(5, 8, 8), ValueError, r"\(5, 8, 8\)"),
     (torch.tensor([0., 255.]).expand(4, 1, 8, 2), ValueError, r"\[-1, 1\].*0 to 255.*127\.5"),
-    (torch.zeros(4, 1, 8, 8).byte(), TypeError, r"data\.float\(\)"),
+    (torch.full((4, 1, 8, 8), 9).byte(), ValueError, r"\[-1, 1\].*9.*127\.5"),
     (torch.full((4, 1, 8, 8), math.nan), ValueError, "NaN"),
     (torch.rand(4, 1, 7, 8), ValueError, "7.*8.*multiples of 2"),
     (lambda n: torch.zeros(n, 64), ValueError, r"\(2, 64\)"),
-    ([torch.zeros(1, 8, 8)], TypeError, "list"),
+    ([[[[.1, .2]]], [["a"]]], ValueError, "rows of one shape"),
     (images(1), ValueError, "at least 2"),
 ))
 def test_what_are_no_images(data, error, words):

@@ -17,16 +17,16 @@ readme = root/"README.md"
 # The table of notebooks in reading order. A module may import what stands above it.
 ORDER = """
 00_theory 01_from_scratch 02_sinkhorn 03_solver 04_targets 05_flow 06_training 06b_dual_ascent
-06c_semidiscrete 07_nsgf 08_metrics
+06c_semidiscrete 06d_likelihood 06e_models 07_nsgf 08_metrics
 09_flow_matching 10_images 11_unet 12_nsgfpp 13_image_metrics 14_files 15_data
-16_cuda_graphs 17_settings
+16_cuda_graphs 17_settings 18_tables
 20_plane 21_images 22_ablations 23_speed 24_endurance
 30_checkpoints 31_disk_pool 32_distributed
 40_protocol 41_experiments 42_image_experiments 43_gradient_flows 44_jko_flow 45_comparison
-46_ablations 47_classifiers 48_speed_curves 49_speed_bench 49b_plan_bench 50_cli
+46_ablations 47_classifiers 48_speed_curves 49_speed_bench 49b_plan_bench 49c_own_data 50_cli
 """.split()
 # These may be skipped by a reader, and may be imported from above as well.
-SKIPPABLE = {"solver", "files", "data", "cuda_graphs", "settings"}
+SKIPPABLE = {"solver", "files", "data", "cuda_graphs", "settings", "tables"}
 HEAVY = {"geomloss", "jax", "matplotlib", "ot", "ott", "scipy", "sklearn", "torch_fidelity",
          "torchdiffeq", "torchmetrics", "torchvision"}
 
@@ -142,8 +142,8 @@ def test_an_evening_is_enough():
     evening = [path.stem for path in notebooks
                if path.stem < "20" and module_of(path) not in SKIPPABLE]
     assert sum(counts[name] for name in evening) <= 12_000
-    assert sum(counts.values()) <= 21_500
-    assert len(re.findall(r"\w+", readme.read_text(encoding="utf-8"))) <= 800
+    assert sum(counts.values()) <= 23_500
+    assert len(re.findall(r"\w+", readme.read_text(encoding="utf-8"))) <= 900
 
 
 def test_the_package_is_what_the_notebooks_export(tmp_path):

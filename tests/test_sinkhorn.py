@@ -359,6 +359,30 @@ def test_a_batch_is_its_problems_one_by_one(lead_x, lead_y):
         close(s[i], divergence(x[i], y[i], .5, **EXACT), 1e-8)
 
 
+@pytest.mark.parametrize("self_term", ("same", "masked"))
+def test_a_point_of_weight_zero_is_absent(self_term):
+    x, y = normal(9, 3), normal(7, 3, seed=1) + 1
+    a = torch.cat([simplex(6), uniform(3)*0])
+    b = torch.cat([uniform(2)*0, simplex(5, 1, 1)])
+    padded = dict(weights=(a, b), **EXACT)
+    alone = dict(weights=(a[:6], b[2:]), **EXACT)
+    close(divergence(x, y, .7, **padded), divergence(x[:6], y[2:], .7, **alone), 1e-7)
+    for got, expected in zip(potentials(x, y, .7, **padded), potentials(x[:6], y[2:], .7, **alone)):
+        kept = got[:6] if len(got) == 9 else got[2:]
+        close(kept - kept[0], expected - expected[0], 1e-6)
+    options = dict(self_term=self_term)
+    close(velocity(x, y, .7, **padded, **options)[:6],
+          velocity(x[:6], y[2:], .7, **alone, **options), 1e-6)
+
+
+def test_weights_of_one_side():
+    x, y, b = normal(6, 3), normal(5, 3, seed=1), simplex(5, 1, 1)
+    for function in (divergence, velocity):
+        both = function(x, y, .7, weights=(uniform(6), b), **EXACT)
+        close(function(x, y, .7, weights=(None, b), **EXACT), both, 1e-12)
+    close(divergence(x, y, .7, weights=(None, None), **EXACT), divergence(x, y, .7, **EXACT), 1e-12)
+
+
 def test_weights_and_starts_broadcast_like_clouds():
     x = normal(6, 2)
     y = normal(3, 5, 2, seed=1) + 1
@@ -745,8 +769,8 @@ def test_bad_blur(call, blur):
     (simplex(4), simplex(4), r"weights\[0\].* 5 .*\(4,\)"),
     (simplex(5), simplex(5), r"weights\[1\].* 4 .*\(5,\)"),
     (2*simplex(5), simplex(4), r"weights\[0\].*sum"),
-    (simplex(5), torch.tensor([0., .5, .25, .25]), r"weights\[1\].*positive"),
-    (torch.full((5,), math.nan), simplex(4), r"weights\[0\].*positive"),
+    (simplex(5), torch.tensor([-.5, 1., .25, .25]), r"weights\[1\].*at least 0"),
+    (torch.full((5,), math.nan), simplex(4), r"weights\[0\].*at least 0"),
 ), ids=("length of a", "length of b", "sum", "zero", "nan"))
 def test_bad_weights(call, a, b, match):
     with pytest.raises(ValueError, match=match):

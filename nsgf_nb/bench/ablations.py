@@ -65,11 +65,12 @@ class Budget:
 
     def settings(self, method: Method) -> dict:
         "The settings of a method's config."
-        settings = dict(width=self.width, depth=self.depth, batch_size=self.batch_size,
-                        train_steps=self.train_steps, lr=self.lr)
+        settings = method.plane_settings
+        for name in ("width", "depth", "batch_size", "train_steps", "lr"):
+            settings[name] = getattr(self, name)
         if method.make.Config(**method.settings).pool_size:
             settings["pool_size"] = self.pool_size
-        return method.settings | settings
+        return settings
 
     def pick(self, *values) -> list:
         "The values that vary."
@@ -494,7 +495,6 @@ def register(subparsers):
 
 def _command(args):
     seeds = args.seeds or range(1 if args.quick else 3)
-    device = find_device(args.device)
     for name in args.studies:
-        study(name, seeds, args.quick, args.out, device)
+        study(name, seeds, args.quick, args.out, find_device(args.device))
         print(f"wrote {Path(args.out)/name}.json", flush=True)

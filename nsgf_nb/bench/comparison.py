@@ -26,6 +26,7 @@ from nsgf_nb.bench.protocol import (
     draw,
     measure,
     open_results,
+    plane_settings,
     provenance,
     read_arrays,
     target_samples,
@@ -75,6 +76,11 @@ class Method:
     teacher: str = None  # the method that makes its pairs
     needs_density: bool = False  # does `fit` need the log density of a given source?
 
+    @property
+    def plane_settings(self) -> dict:  # name -> value
+        "The settings of its config, in the plane."
+        return plane_settings(self.make.Config) | self.settings
+
 def _stage_a_step(steps):
     return dict(stages=steps, sample_steps=steps)
 
@@ -123,7 +129,7 @@ class Comparison:
     def shared_config(self, seed) -> dict:
         "The settings that the methods share."
         config = TrainConfig(train_steps=self.train_steps, batch_size=self.batch_size, lr=self.lr,
-                             width=self.width, depth=self.depth, seed=seed)
+                             width=self.width, depth=self.depth, seed=seed, scale="global")
         return to_json(config) | dict(sample_steps=self.protocol.sample_steps[0])
 
     def settings(
@@ -132,7 +138,7 @@ class Comparison:
         steps: int,  # Euler steps
     ) -> dict:
         "The settings of a method, for one number of steps."
-        settings = dict(method.settings)
+        settings = method.plane_settings
         if method.of_steps:
             settings |= method.of_steps(steps)
         if method.shares_budget:

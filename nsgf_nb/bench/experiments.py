@@ -18,6 +18,7 @@ from nsgf_nb.bench.protocol import (
     draw,
     measure,
     measure_floors,
+    plane_settings,
     provenance,
     target_samples,
     to_json,
@@ -41,15 +42,17 @@ class Experiment:
     protocol: Protocol = Protocol()
     adams_steps: tuple = ()  # numbers of steps of Adams and Bashforth, measured as well
 
-EXPERIMENTS = {f"2d-{target}": Experiment(target, NSGFConfig(minibatch=1024), adams_steps=(5, 10))
+_PLANE = NSGFConfig(train_steps=20_000, **plane_settings(NSGFConfig))
+EXPERIMENTS = {f"2d-{target}": Experiment(target, replace(_PLANE, minibatch=1024),
+                                          adams_steps=(5, 10))
                for target in TARGETS} | {
-    f"self-term-{term}-moons": Experiment("moons", NSGFConfig(pool_size=2**17, self_term=term),
+    f"self-term-{term}-moons": Experiment("moons", replace(_PLANE, pool_size=2**17, self_term=term),
                                           Protocol(sample_steps=(10,), sw2_draws=(10,)))
     for term in ("same", "masked", "independent")}
 
 DEMO = Experiment(
     "8gaussians",
-    NSGFConfig(pool_size=2**18, train_steps=8000, batch_size=512, lr=5e-3, width=128, depth=3),
+    replace(_PLANE, pool_size=2**18, train_steps=8000, batch_size=512, lr=5e-3, width=128, depth=3),
     Protocol(w2_draws=5, sw2_draws=(3,), sample_steps=(10,), floor_pairs=6))
 
 GROUPS = ("2d", "self-term")  # each name stands for all experiments that begin with it

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..data import Batches, PairSampler, ShuffledRows
 from ..files import with_prefix, without_prefix
-from ..nsgf import FieldConfig, VelocityModel
+from ..models import FieldConfig, VelocityModel
 from ..settings import check_settings, setting
 from ..training import Steps, Trainer
 

@@ -71,7 +71,7 @@ class ImageExperiment:
         if self.method in ("nsgf", "nsgf-minibatch"):
             coupling = "population" if self.method == "nsgf" else "minibatch"
             config = NSGFConfig(**shared, coupling=coupling, blur=.25, pool_size=self.pairs,
-                                pool_mb=4096, **self._plan())
+                                pool_mb=4096, visited_share=.5, **self._plan())
             return NSGF(config, device)
         couplings = {"fm": "independent", "ot-cfm": "ot", "fm-population": "population"}
         coupling = couplings[self.method]
@@ -91,7 +91,7 @@ class ImageExperiment:
         sinkhorn = NSGFConfig(**{**net, "lr": lr}, train_steps=steps, t_end=self.t_end, blur=1.,
                               sample_steps=self.sinkhorn_steps, pool_size=pairs, pool_mb=4096,
                               coupling="minibatch" if paper else "population",
-                              **self._plan())
+                              visited_share=.5, **self._plan())
         predictor = TrainConfig(**{**net, "channels": 16},
                                 train_steps=max(1, self.train_steps//10))
         straight = FlowMatchingConfig(**net, train_steps=self.train_steps - steps,

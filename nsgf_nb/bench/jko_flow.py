@@ -124,7 +124,7 @@ def source_log_density(
     if log_density is None:
         return -z.square().sum(1)/2 - D/2*math.log(2*math.pi)
     x = standardizer.to_data(z.view(-1, *standardizer.shape))
-    return log_density(x).to(z) + D*standardizer.scale.double().log().item()
+    return log_density(x).to(z) + standardizer.log_volume()
 
 def _check_log_density(log_density, x):
     "One finite number for each draw x (n, *shape) of the source?"
@@ -214,7 +214,7 @@ class JKOFlow(StagedModel):
 
     def _log_prob(self, net, z):
         "The same for z (B, D) in the model's unit."
-        total = -z.shape[1]*self.standardizer.scale.log().item()
+        total = -self.standardizer.log_volume()
         for stage in reversed(net.stages):
             z, log_det, *_ = push_forward(stage, z, self.config.time_steps)
             total = total + log_det

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['seal', 'Manifest', 'ShardStore', 'Position', 'Window', 'DiskPool']
 
-# %% ../../nbs/31_disk_pool.ipynb #31-003
+# %% ../../nbs/31_disk_pool.ipynb #31-004
 import hashlib
 import json
 import math
@@ -24,7 +24,7 @@ from ..files import load_tensors, read_json, save_tensors, writable_folder, writ
 from ..flow import PoolRecipe, draw_from_paths
 from .checkpoints import check_disk_space, differences, file_lock
 
-# %% ../../nbs/31_disk_pool.ipynb #31-006
+# %% ../../nbs/31_disk_pool.ipynb #31-007
 _FORMAT = "nsgf_nb/pool/2"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _LARGEST_SHARD = 2**34  # bytes in memory
@@ -104,7 +104,7 @@ class Manifest:
             content["complete"] = len(content["shards"]) == content["planned"]
             write_json(self.file, seal(content))
 
-# %% ../../nbs/31_disk_pool.ipynb #31-007
+# %% ../../nbs/31_disk_pool.ipynb #31-008
 def _is_size(value):
     return type(value) is int and 0 < value < 2**40
 
@@ -142,7 +142,7 @@ def _bytes_of_shard(settings):
     "Memory of the states of one shard in float32."
     return 4*(settings["steps"] + 1)*settings["paths"]*math.prod(settings["shape"])
 
-# %% ../../nbs/31_disk_pool.ipynb #31-009
+# %% ../../nbs/31_disk_pool.ipynb #31-010
 class ShardStore:
     "The shards of a folder, one by one."
 
@@ -231,7 +231,7 @@ def _checksum(file):
     with safe_open(file, "pt") as content:
         return json.loads(content.metadata()["nsgf_nb"])["sha256"]
 
-# %% ../../nbs/31_disk_pool.ipynb #31-011
+# %% ../../nbs/31_disk_pool.ipynb #31-012
 @dataclass
 class Position:
     "How far a pool has been read."
@@ -314,7 +314,7 @@ class Window:
             rounds.append(ready)
         return self._reader.submit(self.store.read, self._index(following))
 
-# %% ../../nbs/31_disk_pool.ipynb #31-013
+# %% ../../nbs/31_disk_pool.ipynb #31-014
 def _recipe_of_shard(recipe, paths=None):
     "The recipe of one shard: of at most `paths`, or of as many as an eighth of the memory holds."
     if paths is None:
@@ -333,7 +333,7 @@ def _make_shard(i, recipe, sampler):
         flows.append(recipe.flow.run(x, y).flatten(1, 2))
     return torch.cat(flows, 1).float().cpu()
 
-# %% ../../nbs/31_disk_pool.ipynb #31-014
+# %% ../../nbs/31_disk_pool.ipynb #31-015
 class DiskPool:
     "A pool of flows in a folder, of which a window is in memory; for `NSGF.fit(pool=…)`."
     rank = 0  # this process makes the shards rank, rank + ranks, …
@@ -397,14 +397,15 @@ class DiskPool:
         self,
         size: int,  # number of points
         generator: torch.Generator,  # on the device of the window
+        visited_share: float = .5,  # of the points that are visited states
     ) -> tuple:  # x (size, *shape), t (size,), dx/dt (size, *shape)
-        "Random points of the paths in the window: half at the visited states, half between them."
+        "Random points of the paths in the window: some are visited states, others lie between."
         if self.window is None:
             self.window = self._open_window()
         self.window.advance()
         self.position.drawn += size
         states = self.window.states
-        return draw_from_paths(states, states.shape[1], size, generator)
+        return draw_from_paths(states, states.shape[1], size, generator, visited_share)
 
     def _open_window(self):
         if self.store is None:
