@@ -44,23 +44,26 @@ class Column:
 
 def describe_column(
     name,
-    values,  # pandas.Series without missing values
+    values,  # pandas.Series
 ) -> Column:
     "The kind and the range of a column. Raises `ValueError` for one that is not for a model."
+    missing = int(values.isna().sum())
+    if missing:
+        raise ValueError(f"{missing:,} of its {len(values):,} values are missing: --drop-missing "
+                         f"leaves these rows out")
     kind = values.dtype.kind if hasattr(values.dtype, "kind") else "O"
     if kind in "iuf":
         numbers = values.to_numpy("float64")
         if not numpy.isfinite(numbers).all():
-            raise ValueError(f"column {str(name)!r} has infinite values: drop these rows")
+            raise ValueError("it has infinite values")
         whole = "integer" if (numbers == numbers.round()).all() else "number"
         return Column(str(name), whole, float(numbers.min()), float(numbers.max()))
     if kind in "mM":
-        raise ValueError(f"column {str(name)!r} holds times: turn them into numbers, such as days "
-                         f"since the first, or leave it out with --drop")
+        raise ValueError("it holds times, which could become numbers, such as days since the first")
     categories = tuple(sorted({str(value) for value in values}))
     if len(categories) > _MOST_CATEGORIES:
-        raise ValueError(f"column {str(name)!r} has {len(categories):,} different words, more than "
-                         f"{_MOST_CATEGORIES}: leave it out with --drop")
+        raise ValueError(f"it has {len(categories):,} different words, more than the "
+                         f"{_MOST_CATEGORIES} of a category")
     return Column(str(name), "category", categories=categories)
 
 # %% ../nbs/18_tables.ipynb #18-009
@@ -78,17 +81,22 @@ class Table:
         cls,
         frame,  # pandas.DataFrame
     ):
-        "Describe a table. Raises `ValueError` for missing values, and names their columns."
+        "Describe a table. Raises a `ValueError` that names all columns that are not for a model."
         names = [str(name) for name in frame.columns]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"data has several columns called {', '.join(twice)}")
-        missing = {name: int(count) for name, count in frame.isna().sum().items() if count}
-        if missing:
-            words = ", ".join(f"{str(name)!r} ({count})" for name, count in missing.items())
-            raise ValueError(f"data has missing values in {words} of {len(frame):,} rows: "
-                             f"--drop-missing leaves these rows out, --drop a column")
-        return cls([describe_column(name, frame[name]) for name in frame.columns])
+        columns = []
+        faults = []
+        for name in frame.columns:
+            try:
+                columns.append(describe_column(name, frame[name]))
+            except ValueError as error:
+                faults.append(f"{str(name)!r}: {error}")
+        if faults:
+            raise ValueError(f"data has columns that are not for a model (--drop leaves a column "
+                             f"out): {'; '.join(faults)}")
+        return cls(columns)
 
     def to_points(
         self,
@@ -104,6 +112,10 @@ class Table:
             values = frame[[name for name in frame.columns if str(name) == column.name][0]]
             if column.kind == "category":
                 words = values.astype(str).to_numpy()
+                strangers = sorted(set(words) - set(column.categories))
+                if strangers:
+                    raise ValueError(f"column {column.name!r} has a value that the model has not "
+                                     f"seen: {strangers[0]!r}")
                 parts.append(words[:, None] == numpy.array(column.categories))
             else:
                 parts.append(values.to_numpy("float64")[:, None])
@@ -138,11 +150,11 @@ class Table:
     def from_description(cls, columns: list):
         "The table that `describe` described. Raises `ValueError` for anything else."
         try:
-            return cls([Column(**c | dict(categories=tuple(c["categories"]))) for c in columns])
-        except (KeyError, TypeError) as error:
+            return cls([Column(**dict(c, categories=tuple(c["categories"]))) for c in columns])
+        except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"this does not describe the columns of a table: {error}") from None
 
-# %% ../nbs/18_tables.ipynb #18-012
+# %% ../nbs/18_tables.ipynb #18-013
 SUFFIXES = (".csv", ".tsv", ".parquet", ".npy", ".npz", ".pt")
 
 def read_data(

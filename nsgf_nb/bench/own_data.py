@@ -9,8 +9,6 @@ __all__ = ['METHODS', 'HELD_OUT', 'split_rows', 'data_settings', 'fit_file', 'ta
 # %% ../../nbs/49c_own_data.ipynb #49c-004
 import ast
 import math
-import shlex
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -94,7 +92,8 @@ def fit_file(
     if out.suffix != ".safetensors":
         raise ValueError(f"-o must end in .safetensors, got {out}")
     points = read_data(data)
-    notes = dict(data=str(data), held_out=dict(share=hold_out, seed=seed))
+    notes = dict(data=str(data), held_out=dict(share=hold_out, seed=seed), method=method,
+                 settings=settings or {})
     if not isinstance(points, torch.Tensor):
         frame = _choose_columns(points, columns, drop, drop_missing)
         table = Table.of(frame)
@@ -115,8 +114,7 @@ def fit_file(
     print(f"{training_steps(model.config, len(train)):,} steps of {model.config.batch_size}")
     checkpoint = out.with_name(out.name + ".checkpoint")
     model.fit(points[train], loop=LongRun(checkpoint))
-    model.save(out, **notes, provenance=provenance(model.device),
-               command=shlex.join(["nsgf", *sys.argv[1:]]))
+    model.save(out, **notes, provenance=provenance(model.device))
     checkpoint.unlink(missing_ok=True)
     print(f"wrote {out}; next: nsgf sample {out} -n 1000 -o samples"
           f"{'.csv' if 'table' in notes else '.npy'}")

@@ -1,0 +1,284 @@
+"""Tables as points and back, and the commands that take a file: fit, sample, evaluate."""
+import json
+import math
+import os
+import pickle
+import signal
+from functools import partial
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from conftest import fails
+
+from nsgf_nb.bench.own_data import (
+    classifier_auc,
+    compare_samples,
+    evaluate_file,
+    fit_file,
+    split_rows,
+    write_rows,
+)
+from nsgf_nb.bench.protocol import provenance
+from nsgf_nb.files import load_tensors
+from nsgf_nb.nsgf import NSGF
+from nsgf_nb.tables import Column, Table, read_data
+from nsgf_nb.training import Trainer
+
+pandas = pytest.importorskip("pandas")
+TINY = ("--set", "train_steps=4", "width=8", "depth=1", "pool_size=128", "minibatch=32")
+rng = numpy.random.default_rng(0)
+
+
+def people(n=200):
+    age = rng.integers(18, 80, n)
+    return pandas.DataFrame({
+        "age": age, "income": numpy.exp(rng.normal(9, .4, n) + age/80),
+        "town": rng.choice(["Bern", "Ulm", "Wien"], n), "member": rng.random(n) < .3})
+
+
+@pytest.fixture
+def nsgf(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    people().to_csv("people.csv", index=False)
+    return partial(command, ("nsgf", "\t", " "))
+
+
+# ---- tables
+
+def test_a_table_comes_back_with_its_kinds():
+    frame = people()
+    table = Table.of(frame)
+    assert [c.kind for c in table.columns] == ["integer", "number", "category", "category"]
+    points = table.to_points(frame)
+    assert points.shape == (200, 1 + 1 + 3 + 2) and points.dtype == torch.float64
+    back = table.to_frame(points)
+    assert back["member"].tolist() == [str(value) for value in frame["member"]]
+    pandas.testing.assert_frame_equal(back[["age", "income", "town"]],
+                                      frame[["age", "income", "town"]], check_dtype=False)
+    other = Table.from_description(json.loads(json.dumps(table.describe())))
+    assert other.columns == table.columns
+    assert torch.equal(other.to_points(frame[frame.columns[::-1]]), points)
+
+
+def test_points_beyond_the_data_become_rows_within_it():
+    table = Table([Column("a", "integer", 0, 3), Column("b", "number", -1, 1),
+                   Column("c", "category", categories=("x", "y"))])
+    rows = table.to_frame(torch.tensor([[9., -7., .2, .1], [1.4, .5, -3., -2.]]))
+    assert rows.to_dict("list") == {"a": [3, 1], "b": [-1, .5], "c": ["x", "y"]}
+
+
+FAULTS = {
+    "missing": ([1, None, 3], "1 of its 3 values are missing"),
+    "infinite": ([1., math.inf, 3], "infinite"),
+    "times": (pandas.date_range("2020-01-01", periods=3), "times"),
+}
+
+
+@pytest.mark.parametrize("values, words", FAULTS.values(), ids=FAULTS)
+def test_columns_that_are_not_for_a_model(values, words):
+    with pytest.raises(ValueError, match=f"'bad': .*{words}"):
+        Table.of(pandas.DataFrame({"good": [1, 2, 3], "bad": values}))
+
+
+def test_all_faults_are_named_at_once():
+    frame = pandas.DataFrame({"name": [f"n{i}" for i in range(101)], "x": [None, *range(100)]})
+    with pytest.raises(ValueError, match=r"'name': it has 101 .*; 'x': 1 of its 101"):
+        Table.of(frame)
+    with pytest.raises(ValueError, match="several columns called a"):
+        Table.of(pandas.DataFrame([[1, 2]], columns=["a", "a"]))
+    with pytest.raises(ValueError, match="no column called 'income'; it has age"):
+        Table.of(people()).to_points(people()[["age", "town", "member"]])
+
+
+def test_a_value_of_a_category_that_was_not_seen_is_none_of_them():
+    table = Table.of(people())
+    stranger = people().assign(town="Rom")
+    with pytest.raises(ValueError, match="'town'.*'Rom'"):
+        table.to_points(stranger)
+
+
+@pytest.mark.parametrize("description", ([{"name": "a"}], [{"kind": 3}], [3], None, {"a": 1}))
+def test_what_describes_no_table(description):
+    with pytest.raises(ValueError, match="columns of a table"):
+        Table.from_description(description)
+
+
+# ---- files
+
+FRAME = pandas.DataFrame({"a": [1, 3], "b": [2.5, -4.]})
+
+
+@pytest.mark.parametrize("separator", (",", ";", "\t", "|", ", "))
+def test_text_files(tmp_path, separator):
+    path = tmp_path/"t.csv"
+    path.write_text("\n".join(separator.join(row) for row in (("a", "b"), ("1", "2.5"),
+                                                              ("3", "-4"))) + "\n")
+    pandas.testing.assert_frame_equal(read_data(path), FRAME)
+
+
+def test_the_index_that_pandas_writes_is_no_column(tmp_path):
+    FRAME.to_csv(tmp_path/"t.csv")
+    assert list(read_data(tmp_path/"t.csv").columns) == ["a", "b"]
+
+
+def test_a_byte_order_mark_and_a_file_without_a_header(tmp_path):
+    (tmp_path/"t.csv").write_bytes(b"\xef\xbb\xbfa,b\n1,2.5\n3,-4\n")
+    pandas.testing.assert_frame_equal(read_data(tmp_path/"t.csv"), FRAME)
+    (tmp_path/"t.csv").write_text("1,2.5\n3,-4\n")
+    assert read_data(tmp_path/"t.csv").to_numpy().tolist() == [[1, 2.5], [3, -4]]
+
+
+def test_arrays(tmp_path):
+    x = rng.normal(size=(5, 2, 3)).astype("f4")
+    numpy.save(tmp_path/"x.npy", x)
+    numpy.savez(tmp_path/"x.npz", x)
+    torch.save(torch.tensor(x), tmp_path/"x.pt")
+    for name in ("x.npy", "x.npz", "x.pt"):
+        assert torch.equal(read_data(tmp_path/name), torch.tensor(x))
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_bad_files(tmp_path, capsys):
+    (tmp_path/"empty.csv").write_text("")
+    (tmp_path/"one.csv").write_text("a,b\n1,2\n")
+    (tmp_path/"x.txt").write_text("1")
+    (tmp_path/"x.npy").write_bytes(b"no array")
+    numpy.savez(tmp_path/"two.npz", a=numpy.zeros(2), b=numpy.zeros(2))
+    torch.save({"x": torch.zeros(3)}, tmp_path/"dict.pt")
+    (tmp_path/"evil.pt").write_bytes(pickle.dumps(Evil(), 2))
+    numpy.save(tmp_path/"evil.npy", numpy.array([Evil()], dtype=object), allow_pickle=True)
+    capsys.readouterr()
+    for name, words in {"empty.csv": "not a table", "one.csv": "at least 2 rows, got 1",
+                        "x.txt": "must end in", "x.npy": "no array", "two.npz": "one array.*a, b",
+                        "dict.pt": "tensor.*dict", "evil.pt": "safely", "evil.npy": "safely",
+                        "absent.csv": "no file", ".": "folder"}.items():
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            read_data(tmp_path/name)
+    assert "executed" not in capsys.readouterr().out
+
+
+# ---- measuring
+
+def test_rows_are_divided_without_overlap():
+    train, held_out = split_rows(105, .1, 3)
+    assert sorted([*train.tolist(), *held_out.tolist()]) == list(range(105))
+    assert len(held_out) == 11
+    assert torch.equal(split_rows(105, .1, 3)[1], held_out)
+    assert not torch.equal(split_rows(105, .1, 4)[1], held_out)
+    assert len(split_rows(5, 0., 0)[1]) == 0
+    with pytest.raises(ValueError, match="leaves 1 of 3 rows.*--hold-out 0"):
+        split_rows(3, .5, 0)
+
+
+def test_good_samples_are_at_the_floor_and_bad_ones_are_not():
+    x = torch.tensor(rng.normal(size=(3000, 3)))*torch.tensor([1e-3, 1., 1e3])
+    train, held_out, fresh = x.split(1000)
+    good = compare_samples(fresh, held_out, train)
+    bad = compare_samples(fresh*torch.tensor([2., 1., 1.]), held_out, train)
+    for name in ("W2", "SW2"):
+        assert abs(good[name]["ratio"].mean - 1) < 4*good[name]["ratio"].se + .1
+    assert bad["SW2"]["ratio"].mean > 1.5 and bad["deviations"] == pytest.approx(1, abs=.1)
+    assert good["deviations"] < .1 and abs(good["auc"] - .5) < .06 and bad["auc"] > .57
+    assert math.isnan(classifier_auc(numpy.zeros((3, 1)), numpy.ones((3, 1))))
+
+
+# ---- commands
+
+def test_from_a_file_to_a_file(nsgf):
+    code, out, err = nsgf("fit", "people.csv", "-o", "m.safetensors", "--seed", "3", *TINY)
+    assert code == 0, err
+    for words in ("age: integer, 18 to", "town: 3 categories", "200 samples", "20 of them held out",
+                  "seed 3", "train_steps=4", "blur=0.05", "wrote m.safetensors"):
+        assert words in out, words
+    assert not Path("m.safetensors.checkpoint").exists()
+    for name in ("new.csv", "new.tsv", "new.npy"):
+        code, out, _ = nsgf("sample", "m.safetensors", "-n", "30", "-o", name)
+        assert code == 0 and f"wrote {name}: 30" in out
+    rows = pandas.read_csv("new.csv")
+    assert list(rows.columns) == ["age", "income", "town", "member"] and len(rows) == 30
+    assert rows["age"].between(18, 80).all() and set(rows["town"]) <= {"Bern", "Ulm", "Wien"}
+    assert pandas.read_csv("new.tsv", sep="\t").equals(rows)
+    assert numpy.load("new.npy").shape == (30, 7)
+    code, out, _ = nsgf("evaluate", "m.safetensors", "people.csv", "--picture", "p.png")
+    assert code == 0 and "20 held-out rows" in out and "floor" in out
+    assert Path("p.png").stat().st_size > 1000
+    _, about = load_tensors("m.safetensors")
+    assert about["held_out"] == {"share": .1, "seed": 3} and about["data"] == "people.csv"
+    assert about["provenance"] == provenance("cpu") and about["settings"]["width"] == 8
+
+
+def test_an_array_of_any_shape(nsgf):
+    numpy.save("x.npy", rng.normal(size=(40, 4, 2)))
+    assert nsgf("fit", "x.npy", "-o", "x.safetensors", "--method", "fm", *TINY[:4])[0] == 0
+    fails(nsgf("sample", "x.safetensors", "-o", "x.csv"), r"\(4, 2\).*\.npy")
+    assert nsgf("sample", "x.safetensors", "-n", "7", "-o", "new.npy")[0] == 0
+    assert numpy.load("new.npy").shape == (7, 4, 2)
+    assert "held-out" in nsgf("evaluate", "x.safetensors", "x.npy")[1]
+    fails(nsgf("evaluate", "x.safetensors", "people.csv"), "people.csv has samples of shape")
+
+
+def test_columns_are_chosen(nsgf):
+    people().assign(note=[f"n{i}" for i in range(200)]).to_csv("p.csv", index=False)
+    fails(nsgf("fit", "p.csv", *TINY), "'note'.*200 different words")
+    assert nsgf("fit", "p.csv", "--drop", "note", "town", *TINY)[0] == 0
+    assert [c.name for c in Table.from_description(
+        load_tensors("model.safetensors")[1]["table"]).columns] == ["age", "income", "member"]
+    assert nsgf("fit", "p.csv", "--columns", "age", *TINY)[0] == 0
+    fails(nsgf("fit", "p.csv", "--columns", "size", *TINY), "'size'; it has age, income")
+    numpy.save("x.npy", numpy.zeros((4, 2)))
+    fails(nsgf("fit", "x.npy", "--columns", "a", *TINY), "--columns.*array")
+
+
+def test_rows_with_missing_values(nsgf):
+    frame = people()
+    frame.loc[:9, "income"] = None
+    frame.to_csv("p.csv", index=False)
+    fails(nsgf("fit", "p.csv", *TINY), "'income'.*10 of its 200.*--drop-missing")
+    code, out, _ = nsgf("fit", "p.csv", "--drop-missing", *TINY)
+    assert code == 0 and "190 samples" in out
+    assert nsgf("evaluate", "model.safetensors", "p.csv")[0] == 0
+
+
+def test_wrong_calls(nsgf):
+    fails(nsgf("fit", "absent.csv"), "no file absent.csv")
+    fails(nsgf("fit", "people.csv", "-o", "m.bin"), "-o.*safetensors.*m.bin")
+    fails(nsgf("fit", "people.csv", "--set", "blur"), "name=value.*'blur'")
+    fails(nsgf("fit", "people.csv", "--set", "blur=-1"), "blur.*above 0.*-1")
+    fails(nsgf("fit", "people.csv", "--set", "epochs=3"), "'epochs'.*NSGF")
+    fails(nsgf("fit", "people.csv", "--hold-out", "1"), "--hold-out.*below 1")
+    assert not list(Path().glob("*.safetensors*"))
+
+
+def test_a_stopped_fit_is_resumed_to_the_same_bits(nsgf, monkeypatch):
+    settings = dict(train_steps=30, width=8, depth=1, pool_size=128, minibatch=32)
+    whole = fit_file("people.csv", "whole.safetensors", settings=settings)
+    update = Trainer.update
+
+    def interrupted(self, *batch):
+        if self.step == 11:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(self, *batch)
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "update", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="12 of 30"):
+            fit_file("people.csv", "m.safetensors", settings=settings)
+    assert Path("m.safetensors.checkpoint").is_file()
+    resumed = fit_file("people.csv", "m.safetensors", settings=settings)
+    assert torch.equal(resumed.sample(5), whole.sample(5))
+
+
+def test_a_model_without_a_table_makes_rows_too(tmp_path):
+    model = NSGF(train_steps=2, width=8, depth=1, pool_size=64, minibatch=32, device="cpu")
+    model.fit(rng.normal(size=(50, 2)), progress=False)
+    write_rows(model.sample(3), None, tmp_path/"x.csv")
+    assert list(pandas.read_csv(tmp_path/"x.csv").columns) == ["x0", "x1"]
+    model.save(tmp_path/"m.safetensors")
+    people()[["age", "income"]].to_csv(tmp_path/"p.csv", index=False)
+    measured = evaluate_file(model, tmp_path/"m.safetensors", tmp_path/"p.csv")
+    assert measured["W2"]["ratio"].mean > 1
