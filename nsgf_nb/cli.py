@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import nsgf_nb
-from .bench import ablations, comparison, plans, speed
+from .bench import ablations, comparison, plans, speed, table_bench
 from .bench.classifiers import CLASSIFIERS, train_classifiers
 from .bench.comparison import at_least_one
 from .bench.experiments import EXPERIMENTS, GROUPS, register_demo, report, train_plane
@@ -225,6 +225,7 @@ def _register_bench(commands):
     plans.register(kinds)
     comparison.register(kinds)
     ablations.register(kinds)
+    table_bench.register(kinds)
     _register_endurance(kinds)
 
 # %% ../nbs/50_cli.ipynb #50-014
