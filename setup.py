@@ -48,7 +48,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split()
-                    for name in ("dev", "bench", "gpu", "images", "ranks")},
+                    for name in ("dev", "bench", "gpu", "hub", "images", "ranks")},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,
 )

@@ -51,12 +51,13 @@ class Standardizer:
             scale = "feature" if x.ndim == 2 else "global"
         if scale == "feature" and x.ndim != 2:
             raise ValueError(f"scale='feature' is for tables (n, D), got {tuple(x.shape)}")
+        x = x.cpu()  # some devices have no float64
         wide = x.double()
         mean = wide.mean(0)
         constant = (x == x[0]).all(0)
         mean[constant] = wide[0][constant]
         if constant.all():  # a point, repeated, has no scale of its own
-            deviation = torch.ones((), dtype=wide.dtype, device=x.device)
+            deviation = torch.ones((), dtype=wide.dtype)
         elif scale == "feature":
             deviation = (wide - mean).square().mean(0).sqrt()
             deviation[constant] = 0
@@ -67,7 +68,7 @@ class Standardizer:
             deviation = torch.ones_like(deviation)
         else:
             _check_variation(deviation, mean, constant, x.dtype)
-        fingerprint = hashlib.sha256(x.cpu().contiguous().numpy()).hexdigest()[:12]
+        fingerprint = hashlib.sha256(x.contiguous().numpy()).hexdigest()[:12]
         return cls(mean.to(device, x.dtype), deviation.to(device, x.dtype), fingerprint)
 
     def to(self, device):

@@ -10,6 +10,7 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,11 +27,13 @@ from nsgf_nb.data import (
     training_steps,
 )
 from nsgf_nb.files import (
+    MODEL_FILE,
+    find_pretrained,
     load_tensors,
-    pretrained_path,
     save_tensors,
     with_prefix,
     without_prefix,
+    write_model_card,
 )
 from .flow import INTEGRATORS, integrate
 from .likelihood import euler_log_prob, flow_log_prob, reversed_field
@@ -120,6 +123,7 @@ class Model(Configurable):
         "Learn from `source` to `data`. After Ctrl-C the model keeps what it has learned."
         loop = Loop() if loop is None else loop
         config = self.config
+        loop.check_config(config)
         with seeded(config.seed), loop:
             sampler = PairSampler(data, source, config, self.device)
             self.seconds = {}
@@ -240,14 +244,23 @@ class Model(Configurable):
         "Read a model. Raises `ValueError` if the file is damaged, of another version or not ours."
         return cls.from_tensors(*load_tensors(path), find_device(device), path)
 
+    def save_pretrained(
+        self,
+        folder,  # made if it does not exist
+        **notes,  # more for the description and the model card, such as measured numbers
+    ):
+        "Write the model, its description and a model card, as the Hugging Face Hub has them."
+        self.save(Path(folder)/MODEL_FILE, **notes)
+        write_model_card(folder)
+
     @classmethod
     def from_pretrained(
         cls,
-        name: str,  # such as "mnist"
+        name: str,  # shipped weights, such as "mnist"; a folder; or "owner/name" on the Hub
         device=None,  # where to compute; None: a GPU if there is one
     ):
-        "A model that this project trained and ships. Raises `ValueError` for one of another kind."
-        return cls.load(pretrained_path(name), device)
+        "A model that was saved with `save_pretrained`, or that comes with the package."
+        return cls.load(find_pretrained(name), device)
 
 # %% ../nbs/06e_models.ipynb #06e-008
 def _check_tensors(tensors, about, config):

@@ -7,6 +7,7 @@ __all__ = ['SINKHORN', 'PREDICTOR', 'STRAIGHT', 'PARTS', 'HANDOVERS', 'TimePredi
 
 # %% ../nbs/12_nsgfpp.ipynb #12-006
 from dataclasses import fields, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,11 +15,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from .data import Batches, as_points, as_sampler
 from nsgf_nb.files import (
+    MODEL_FILE,
+    find_pretrained,
     load_tensors,
-    pretrained_path,
     save_tensors,
     with_prefix,
     without_prefix,
+    write_model_card,
 )
 from .flow_matching import FlowMatching, FlowMatchingConfig, random_times, straight_path
 from .models import Model
@@ -238,11 +241,20 @@ class NSGFPlusPlus(Configurable):
             setattr(model, name, loaded)
         return model
 
+    def save_pretrained(
+        self,
+        folder,  # made if it does not exist
+        **notes,  # more for the description and the model card, such as measured numbers
+    ):
+        "Write the model, its description and a model card, as the Hugging Face Hub has them."
+        self.save(Path(folder)/MODEL_FILE, **notes)
+        write_model_card(folder)
+
     @classmethod
     def from_pretrained(
         cls,
-        name: str,  # "digits" or "mnist"
+        name: str,  # shipped weights, such as "mnist"; a folder; or "owner/name" on the Hub
         device=None,  # where to compute; None: a GPU if there is one
     ):
-        "A model that this project trained and ships."
-        return cls.load(pretrained_path(name), device)
+        "A model that was saved with `save_pretrained`, or that comes with the package."
+        return cls.load(find_pretrained(name), device)

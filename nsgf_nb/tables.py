@@ -21,6 +21,7 @@ from .data import as_points
 # %% ../nbs/18_tables.ipynb #18-007
 KINDS = ("number", "integer", "category")
 _MOST_CATEGORIES = 100
+_MOST_LEVELS = 20
 
 @dataclass(frozen=True)
 class Column:
@@ -29,6 +30,8 @@ class Column:
     kind: str  # one of `KINDS`
     low: float = 0.  # least value, of numbers
     high: float = 0.  # largest value, of numbers
+    decimals: int = None  # of all its numbers; None: more than six
+    levels: tuple = ()  # the values of a number that has few
     categories: tuple = ()  # values of a category
 
     def summary(self) -> str:
@@ -56,8 +59,12 @@ def describe_column(
         numbers = values.to_numpy("float64")
         if not numpy.isfinite(numbers).all():
             raise ValueError("it has infinite values")
-        whole = "integer" if (numbers == numbers.round()).all() else "number"
-        return Column(str(name), whole, float(numbers.min()), float(numbers.max()))
+        decimals = next((k for k in range(7) if (numbers.round(k) == numbers).all()), None)
+        levels = numpy.unique(numbers)
+        if len(levels) > _MOST_LEVELS or 5*len(levels) > len(numbers):
+            levels = ()
+        return Column(str(name), "integer" if decimals == 0 else "number", float(numbers.min()),
+                      float(numbers.max()), decimals, tuple(float(value) for value in levels))
     if kind in "mM":
         raise ValueError("it holds times, which could become numbers, such as days since the first")
     categories = tuple(sorted({str(value) for value in values}))
@@ -136,10 +143,7 @@ class Table:
             if column.kind == "category":
                 frame[column.name] = numpy.array(column.categories)[values.argmax(1)]
                 continue
-            values = values[:, 0].clip(column.low, column.high)
-            if column.kind == "integer":
-                values = values.round().astype("int64")
-            frame[column.name] = values
+            frame[column.name] = _numbers_of(column, values[:, 0])
         return pandas.DataFrame(frame)
 
     def describe(self) -> list:
@@ -150,9 +154,20 @@ class Table:
     def from_description(cls, columns: list):
         "The table that `describe` described. Raises `ValueError` for anything else."
         try:
-            return cls([Column(**dict(c, categories=tuple(c["categories"]))) for c in columns])
+            return cls([Column(**dict(c, levels=tuple(c["levels"]),
+                                      categories=tuple(c["categories"]))) for c in columns])
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"this does not describe the columns of a table: {error}") from None
+
+def _numbers_of(column, values):
+    "The nearest numbers that the column could hold."
+    values = values.clip(column.low, column.high)
+    if column.levels:
+        levels = numpy.array(column.levels)
+        values = levels[numpy.abs(values[:, None] - levels).argmin(1)]
+    elif column.decimals is not None:
+        values = values.round(column.decimals)
+    return values.astype("int64") if column.kind == "integer" else values
 
 # %% ../nbs/18_tables.ipynb #18-013
 SUFFIXES = (".csv", ".tsv", ".parquet", ".npy", ".npz", ".pt")

@@ -446,6 +446,9 @@ class Loop:
         "Steps that an earlier run has behind it; a loop with checkpoints overrides this."
         return 0
 
+    def check_config(self, config: TrainConfig):
+        "Raise a `ValueError`, before anything is computed, for what the loop cannot run."
+
     def __call__(
         self,
         trainer: Trainer,

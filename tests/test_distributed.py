@@ -60,6 +60,11 @@ def share_and_stop(out):
     model = FlowMatching(**TINY | dict(batch_size=63))
     with pytest.raises(ValueError, match="batch_size must be a multiple of the 2 ranks, got 63"):
         model.fit(noise(), progress=False, loop=DistributedRun())
+
+    def untouched(n):
+        raise AssertionError("the data were read before the settings were checked")
+    with pytest.raises(ValueError, match="batch_size must be a multiple of the 2 ranks, got 63"):
+        model.fit(untouched, progress=False, loop=DistributedRun())
     data = noise(stop_at=8)
     with pytest.raises(KeyboardInterrupt) as caught:
         long_model().fit(data, progress=False, loop=DistributedRun(out/"c"))

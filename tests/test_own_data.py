@@ -63,10 +63,25 @@ def test_a_table_comes_back_with_its_kinds():
 
 
 def test_points_beyond_the_data_become_rows_within_it():
-    table = Table([Column("a", "integer", 0, 3), Column("b", "number", -1, 1),
+    table = Table([Column("a", "integer", 0, 3, 0), Column("b", "number", -1, 1),
                    Column("c", "category", categories=("x", "y"))])
     rows = table.to_frame(torch.tensor([[9., -7., .2, .1], [1.4, .5, -3., -2.]]))
     assert rows.to_dict("list") == {"a": [3, 1], "b": [-1, .5], "c": ["x", "y"]}
+
+
+def test_numbers_have_the_decimals_and_the_few_values_of_their_column():
+    n = 200
+    frame = pandas.DataFrame({
+        "price": (rng.normal(size=n)*100).round(2), "dose": rng.choice([.1, .25, 1/3], n),
+        "rare": [0, 1]*(n//2), "free": rng.normal(size=n)})
+    price, dose, rare, free = Table.of(frame).columns
+    assert (price.decimals, price.levels) == (2, ()) and free.decimals is None
+    assert dose.levels == (.1, .25, 1/3) and rare.kind == "integer" and rare.levels == (0, 1)
+    table = Table.of(frame)
+    rows = table.to_frame(table.to_points(frame) + .003)
+    pandas.testing.assert_frame_equal(rows[["price", "dose", "rare"]],
+                                      frame[["price", "dose", "rare"]])
+    assert Table.of(frame[:4]).columns[1].levels == ()
 
 
 FAULTS = {

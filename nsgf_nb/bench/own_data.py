@@ -161,14 +161,17 @@ def compare_samples(
     x, held_out, train = ((u.flatten(1).double() - mean.flatten())/deviation.flatten()
                           for u in (x, held_out, train))
     g = torch.Generator().manual_seed(seed)
-    real = held_out[torch.randperm(len(held_out), generator=g)[:2000]]
+    size = min(1000, math.ceil(len(held_out)/2), len(train))
+
+    def some(rows):
+        return rows[torch.randperm(len(rows), generator=g)[:size]]
     measured = {}
     for name, distance in (("W2", w2), ("SW2", sw2)):
         floors, values = [], []
-        for _ in range(5):
-            floors.append(distance(train[torch.randperm(len(train), generator=g)[:len(real)]],
-                                   real))
-            values.append(distance(x[torch.randperm(len(x), generator=g)[:len(real)]], real))
+        for _ in range(10):
+            real = some(held_out)
+            floors.append(distance(some(train), real))
+            values.append(distance(some(x), real))
         measured[name] = dict(distance=Estimate.of(values), floor=Estimate.of(floors),
                               ratio=ratio(values, floors))
     measured["means"] = (x.mean(0) - train.mean(0)).abs().max().item()
@@ -176,6 +179,7 @@ def compare_samples(
     measured["deviations"] = (x.std(0)/train.std(0) - 1)[varies].abs().max().item()
     both = [torch.corrcoef(u[:, varies].T) for u in (x, train)]
     measured["correlations"] = (both[0] - both[1]).abs().nan_to_num().max().item()
+    real = held_out[:3000]
     measured["auc"] = classifier_auc(x[:len(real)].numpy(), real.numpy(), seed)
     return measured
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Ranks', 'ranks', 'each', 'SharedPool', 'SharedDiskPool', 'sample', 'DistributedRun', 'explain_lost_rank']
 
-# %% ../../nbs/32_distributed.ipynb #32-003
+# %% ../../nbs/32_distributed.ipynb #32-004
 import atexit
 import gc
 import math
@@ -23,7 +23,7 @@ from ..flow import TrajectoryPool
 from .checkpoints import LongRun
 from .disk_pool import DiskPool
 
-# %% ../../nbs/32_distributed.ipynb #32-006
+# %% ../../nbs/32_distributed.ipynb #32-007
 class Ranks:
     "This process among those that were started together."
 
@@ -42,10 +42,14 @@ class Ranks:
     ) -> tuple:  # the rows of this rank, (B/count, ...) each
         "Cut a batch into equal parts; `ValueError` if its size is not a multiple of `count`."
         B = len(batch[0])
-        if B % self.count:
-            raise ValueError(f"batch_size must be a multiple of the {self.count} ranks, got {B}")
+        self.check_batch(B)
         rows = slice(self.index*B//self.count, (self.index + 1)*B//self.count)
         return tuple(u[rows] for u in batch)
+
+    def check_batch(self, size: int):
+        "Raise `ValueError` for a batch that the ranks cannot divide equally."
+        if size % self.count:
+            raise ValueError(f"batch_size must be a multiple of the {self.count} ranks, got {size}")
 
     def mean(
         self,
@@ -91,7 +95,7 @@ def _disconnect():
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
-# %% ../../nbs/32_distributed.ipynb #32-009
+# %% ../../nbs/32_distributed.ipynb #32-010
 def each(
     function,  # of one item -> tensor, or a tuple of tensors
     items,  # iterable, the same on all ranks
@@ -128,7 +132,7 @@ def _broadcast(result, source, index):
         received.append(tensor)
     return received[0] if len(received) == 1 else tuple(received)
 
-# %% ../../nbs/32_distributed.ipynb #32-012
+# %% ../../nbs/32_distributed.ipynb #32-013
 class SharedPool(TrajectoryPool):
     "A pool in the memory of every rank, whose flows the ranks share."
 
@@ -149,7 +153,7 @@ class SharedDiskPool(DiskPool):
         here.wait()
         return self
 
-# %% ../../nbs/32_distributed.ipynb #32-014
+# %% ../../nbs/32_distributed.ipynb #32-015
 def sample(
     model,  # a `VelocityModel` or an `NSGFPlusPlus`, the same on all ranks
     n: int = None,  # number of samples; that of x0 if x0 is given
@@ -176,7 +180,7 @@ def sample(
         return tuple(torch.cat(column) for column in zip(*parts))
     return torch.cat(parts)
 
-# %% ../../nbs/32_distributed.ipynb #32-016
+# %% ../../nbs/32_distributed.ipynb #32-017
 class DistributedRun(LongRun):
     "A `LongRun` on several ranks, of which rank 0 writes and shows bars; on one, a `LongRun`."
 
@@ -188,6 +192,9 @@ class DistributedRun(LongRun):
         super().__init__(path, checkpoint_interval)
         self.ranks = ranks()
         self.writes = self.writes and self.ranks.main
+
+    def check_config(self, config):
+        self.ranks.check_batch(config.batch_size)
 
     def __call__(self, trainer, progress=True, desc="training"):
         if self.ranks.count == 1:
