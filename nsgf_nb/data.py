@@ -163,6 +163,8 @@ def _array_of_numbers(data, name):
         array = numpy.asarray(data)
     except ValueError as error:  # rows of different lengths
         raise ValueError(f"{name} must have rows of one shape: {error}") from None
+    if array.dtype.kind == "O" and array.ndim:
+        array = _unboxed(array, name)
     if array.dtype.kind not in "biufc":
         raise TypeError(f"{name} must hold numbers, got {type(data).__name__} of dtype "
                         f"{array.dtype}; a sparse matrix goes in as {name}.toarray()")
@@ -170,6 +172,13 @@ def _array_of_numbers(data, name):
     if dtype.kind == "u" and dtype.itemsize > 1 or dtype.itemsize > 8 and dtype.kind == "f":
         dtype = numpy.float64  # torch has no such type
     return numpy.array(array, dtype, order="C")
+
+def _unboxed(array, name):
+    "Numbers in an array of Python objects, as float64."
+    try:
+        return array.astype("float64")
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must hold numbers, got an array of objects: {error}") from None
 
 def _array_of_frame(frame, name):
     "The numbers of a DataFrame. Raises an error that names the columns without."
@@ -331,7 +340,8 @@ def as_sampler(
 
 def _check_length(rows, name):
     if len(rows) < 2:
-        raise ValueError(f"{name} must hold at least 2 samples, got {len(rows)}")
+        samples = "sample" if len(rows) == 1 else "samples"
+        raise ValueError(f"{name} must hold at least 2 samples, got {len(rows)} {samples}")
     return rows
 
 def _checked_function(function, name):

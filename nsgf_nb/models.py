@@ -9,6 +9,7 @@ __all__ = ['Model', 'FieldConfig', 'VelocityModel', 'rows_per_call']
 import json
 import math
 import time
+import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -38,7 +39,7 @@ from nsgf_nb.files import (
 from .flow import INTEGRATORS, integrate
 from .likelihood import euler_log_prob, flow_log_prob, reversed_field
 from .semidiscrete import SemidiscretePlan, population_pairs
-from .settings import Configurable, as_seed, replace_settings, setting
+from .settings import Configurable, DensityScores, as_seed, replace_settings, setting
 from nsgf_nb.training import (
     Loop,
     TrainConfig,
@@ -66,6 +67,7 @@ class Model(Configurable):
                             f"got {type(config).__name__}")
         self.config = replace_settings(config, settings, name)
         self.device = find_device(device)
+        self.given_device = device  # as the user said it
         self.net = None  # set by fit and load, like the next two
         self.standardizer = None
         self.columns = None  # names of the data's columns, if it came as a DataFrame
@@ -77,7 +79,7 @@ class Model(Configurable):
     def get_params(self, deep: bool = True) -> dict:  # name -> value
         "The settings, and the device."
         settings = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
-        return dict(settings, device=self.device)
+        return dict(settings, device=self.given_device)
 
     def set_params(
         self,
@@ -85,7 +87,8 @@ class Model(Configurable):
     ):  # the model itself
         "Change settings. A trained network stays as it is."
         if "device" in params:
-            self.device = find_device(params.pop("device"))
+            self.given_device = params.pop("device")
+            self.device = find_device(self.given_device)
             if self.net is not None:
                 self.net.to(self.device)
                 self.standardizer = self.standardizer.to(self.device)
@@ -94,6 +97,13 @@ class Model(Configurable):
 
     def __sklearn_is_fitted__(self):
         return self.net is not None
+
+    @property
+    def n_features_in_(self):
+        "Columns of the table that was fitted, in scikit-learn's words."
+        if self.standardizer is None or len(self.standardizer.shape) != 1:
+            raise AttributeError(f"{type(self).__name__} was not fitted to a table")
+        return self.standardizer.shape[0]
 
     def make_network(self, shape):
         "A fresh network for samples of this shape."
@@ -121,6 +131,10 @@ class Model(Configurable):
         **options,  # of the method, for `make_batches`
     ):  # the model itself
         "Learn from `source` to `data`. After Ctrl-C the model keeps what it has learned."
+        if getattr(source, "ndim", None) == 1:
+            warnings.warn("the second argument of fit is a vector, as scikit-learn passes a "
+                          "target: it is ignored", stacklevel=2)
+            source = None
         loop = Loop() if loop is None else loop
         config = self.config
         loop.check_config(config)
@@ -292,7 +306,7 @@ class FieldConfig(TrainConfig):
     sample_method: str = setting("euler", choices=INTEGRATORS)  # of these steps, as in `integrate`
     time_power: float = setting(1., above=0)  # above 1 the steps grow, as in `integrate`
 
-class VelocityModel(Model):
+class VelocityModel(Model, DensityScores):
     "A model whose network is a velocity field: it can be sampled."
     Config = FieldConfig
 
@@ -419,18 +433,6 @@ class VelocityModel(Model):
         if return_error:
             return log_probs, torch.cat([error for _, error in parts])
         return log_probs
-
-    def score_samples(self, X):  # as `log_prob`; scikit-learn's name for it
-        "Log-density of each sample (n,), as a NumPy array."
-        return self.log_prob(X).cpu().double().numpy()
-
-    def score(
-        self,
-        X,  # samples (n, *shape)
-        y=None,  # ignored
-    ) -> float:
-        "Mean log-density of the samples, as in scikit-learn's GaussianMixture."
-        return float(self.score_samples(X).mean())
 
     def _starts(self, n, seed, x0):
         "Where `sample` starts, in the model's unit."

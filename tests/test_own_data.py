@@ -238,6 +238,19 @@ def test_an_array_of_any_shape(nsgf):
     fails(nsgf("evaluate", "x.safetensors", "people.csv"), "people.csv has samples of shape")
 
 
+def test_a_folder_of_images(nsgf):
+    image = pytest.importorskip("PIL.Image")
+    Path("pictures").mkdir()
+    for i in range(12):
+        pixels = rng.integers(0, 256, (8, 8, 3)).astype("uint8")
+        image.fromarray(pixels).save(f"pictures/{i}.png")
+    code, out, err = nsgf("fit", "pictures", "-o", "p.safetensors", "--set", "train_steps=2",
+                          "channels=4", "batch_size=4", "pool_size=64", "minibatch=8")
+    assert code == 0 and "12 samples of shape (3, 8, 8)" in out and "samples.png" in out, err
+    assert nsgf("sample", "p.safetensors", "-n", "4", "--nfe", "2", "-o", "s.png")[0] == 0
+    assert Path("s.png").stat().st_size > 100
+
+
 def test_columns_are_chosen(nsgf):
     people().assign(note=[f"n{i}" for i in range(200)]).to_csv("p.csv", index=False)
     fails(nsgf("fit", "p.csv", *TINY), "'note'.*200 different words")

@@ -1,4 +1,6 @@
 """The habits of scikit-learn: parameters, clones, searches, pipelines."""
+import inspect
+
 import numpy
 import pytest
 import torch
@@ -101,3 +103,35 @@ def test_columns_keep_their_names(tmp_path):
     model.save(tmp_path/"m.safetensors")
     assert NSGF.load(tmp_path/"m.safetensors").columns == ["age", "height", "weight"]
     assert NSGF(**TINY).fit(rows, progress=False).columns is None
+
+
+# Each with its reason. All others of scikit-learn's checks pass.
+NOT_APPLICABLE = {
+    "check_no_attributes_set_in_init": "the network is None before fit, not absent",
+    "check_do_not_raise_errors_in_init_or_set_params": "a wrong setting is an error at once",
+    "check_dont_overwrite_parameters": "losses, seconds and net keep PyTorch's names",
+    "check_fit_score_takes_y": "the second argument of fit is a source; a vector there is ignored",
+    "check_n_features_in_after_fitting": "a wrong shape is an error with our own words",
+    "check_complex_data": "our own words",
+    "check_estimators_empty_data_messages": "our own words",
+}
+
+
+@pytest.mark.slow
+def test_scikit_learns_checks():
+    checks = pytest.importorskip("sklearn.utils.estimator_checks")
+    if "on_fail" not in inspect.signature(checks.check_estimator).parameters:
+        pytest.skip("needs scikit-learn 1.6")
+    model = FlowMatching(train_steps=5, batch_size=16, width=8, depth=1, device="cpu")
+    results = checks.check_estimator(model, on_fail=None)
+    failed = {result["check_name"] for result in results if result["status"] == "failed"}
+    assert failed <= set(NOT_APPLICABLE)
+    assert sum(result["status"] == "passed" for result in results) >= 30
+
+
+def test_a_vector_in_the_second_place_is_scikit_learns_target():
+    with pytest.warns(UserWarning, match="vector.*ignored"):
+        model = NSGF(**TINY).fit(rows, rows[:, 0], progress=False)
+    assert model.source == "normal" and model.n_features_in_ == 3
+    with pytest.raises(AttributeError, match="NSGF.*table"):
+        _ = NSGF().n_features_in_
