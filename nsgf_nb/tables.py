@@ -19,7 +19,7 @@ from torch import Tensor
 from .data import as_points
 
 # %% ../nbs/18_tables.ipynb #18-007
-KINDS = ("number", "integer", "category")
+KINDS = ("number", "integer", "time", "category")
 _MOST_CATEGORIES = 100
 _MOST_LEVELS = 20
 
@@ -28,8 +28,8 @@ class Column:
     "What is known of one column of a table."
     name: str
     kind: str  # one of `KINDS`
-    low: float = 0.  # least value, of numbers
-    high: float = 0.  # largest value, of numbers
+    low: float = 0.  # least number; of times, in days since 1970
+    high: float = 0.  # largest number
     decimals: int = None  # of all its numbers; None: more than six
     levels: tuple = ()  # the values of a number that has few
     categories: tuple = ()  # values of a category
@@ -38,12 +38,39 @@ class Column:
         "One line for people."
         if self.kind == "category":
             return f"{self.name}: {len(self.categories)} categories"
+        if self.kind == "time":
+            first, last = _text_of_times(self, numpy.array([self.low, self.high]))
+            return f"{self.name}: times from {first} to {last}"
         return f"{self.name}: {self.kind}, {self.low:g} to {self.high:g}"
 
     @property
     def width(self) -> int:
         "Coordinates of a point that the column takes."
         return len(self.categories) if self.kind == "category" else 1
+
+def _numbers_in(values):
+    "Those of a column of numbers as float64; None for words, times, truth values."
+    if getattr(values.dtype, "kind", "O") in "iuf":
+        return values.to_numpy("float64")
+    return None
+
+def _days_in(values):
+    "Days since 1970 of a column of times, or of words such as 2026-11-28; None for other words."
+    import pandas
+    if getattr(values.dtype, "kind", "O") not in "MOUT" or values.dtype == bool:
+        return None
+    try:
+        times = pandas.to_datetime(values, format="ISO8601", utc=True)
+    except (ValueError, TypeError):
+        return None
+    since = times - pandas.Timestamp(0, tz="UTC")
+    return (since/pandas.Timedelta(days=1)).to_numpy("float64")
+
+def _text_of_times(column, days):
+    "Days since 1970 as words: the date alone, where all times of the column are midnight."
+    import pandas
+    times = pandas.to_datetime((days*86_400).round(), unit="s")
+    return times.strftime("%Y-%m-%d" if column.decimals == 0 else "%Y-%m-%dT%H:%M:%S").to_numpy()
 
 def describe_column(
     name,
@@ -54,9 +81,12 @@ def describe_column(
     if missing:
         raise ValueError(f"{missing:,} of its {len(values):,} values are missing: --drop-missing "
                          f"leaves these rows out")
-    kind = values.dtype.kind if hasattr(values.dtype, "kind") else "O"
-    if kind in "iuf":
-        numbers = values.to_numpy("float64")
+    numbers = _numbers_in(values)
+    times = None if numbers is not None else _days_in(values)
+    if times is not None:
+        whole = 0 if (times == times.round()).all() else None
+        return Column(str(name), "time", float(times.min()), float(times.max()), whole)
+    if numbers is not None:
         if not numpy.isfinite(numbers).all():
             raise ValueError("it has infinite values")
         decimals = next((k for k in range(7) if (numbers.round(k) == numbers).all()), None)
@@ -65,8 +95,6 @@ def describe_column(
             levels = ()
         return Column(str(name), "integer" if decimals == 0 else "number", float(numbers.min()),
                       float(numbers.max()), decimals, tuple(float(value) for value in levels))
-    if kind in "mM":
-        raise ValueError("it holds times, which could become numbers, such as days since the first")
     categories = tuple(sorted({str(value) for value in values}))
     if len(categories) > _MOST_CATEGORIES:
         raise ValueError(f"it has {len(categories):,} different words, more than the "
@@ -124,6 +152,11 @@ class Table:
                     raise ValueError(f"column {column.name!r} has a value that the model has not "
                                      f"seen: {strangers[0]!r}")
                 parts.append(words[:, None] == numpy.array(column.categories))
+            elif column.kind == "time":
+                days = _days_in(values)
+                if days is None:
+                    raise ValueError(f"column {column.name!r} must hold times such as 2026-11-28")
+                parts.append(days[:, None])
             else:
                 parts.append(values.to_numpy("float64")[:, None])
         return as_points(numpy.concatenate(parts, 1).astype("float64"))
@@ -143,7 +176,9 @@ class Table:
             if column.kind == "category":
                 frame[column.name] = numpy.array(column.categories)[values.argmax(1)]
                 continue
-            frame[column.name] = _numbers_of(column, values[:, 0])
+            numbers = _numbers_of(column, values[:, 0])
+            frame[column.name] = (_text_of_times(column, numbers) if column.kind == "time"
+                                  else numbers)
         return pandas.DataFrame(frame)
 
     def describe(self) -> list:
