@@ -32,7 +32,13 @@ from nsgf_nb.bench.image_experiments import (
     save_sheet,
     train_images,
 )
-from .bench.own_data import evaluate_file, register_fit, table_of, write_rows
+from nsgf_nb.bench.own_data import (
+    evaluate_file,
+    register_fit,
+    sample_rows,
+    table_of,
+    write_rows,
+)
 from .bench.protocol import add_device, draw, measure, measure_floors
 from .files import pretrained_names, read_json
 from .images import load_images
@@ -101,12 +107,13 @@ def _sample(args):
         raise ValueError(f"{args.path} is not a model of images: it takes --steps instead of "
                          f"--nfe, and a .npy, .csv, .tsv or .parquet file for -o, got {out}")
     if rows:
-        write_rows(model.sample(args.n, args.steps, args.seed), table_of(args.path), out)
+        x, labels = sample_rows(model, args.path, args.n, args.seed, args.steps, args.condition)
+        write_rows(x, table_of(args.path), out, labels)
         print(f"wrote {out}: {args.n:,} rows, seed {args.seed}")
         return
     target = _target_of(args.path, args.target)
     if target is None:
-        x = model.sample(args.n, args.steps, args.seed)
+        x, _ = sample_rows(model, args.path, args.n, args.seed, args.steps, args.condition)
     else:
         x = draw(target, model, args.n, args.seed, args.steps)
     _save_array(x, out)
@@ -165,6 +172,8 @@ def _register_sample(commands):
     parser.add_argument("-o", "--output", default="samples.npy",
                         help="file to write: .npy, .csv, .tsv, .parquet, or .png for a sheet "
                              "of images (default: samples.npy)")
+    parser.add_argument("--condition", metavar="CLASS",
+                        help="of a model with classes (default: as often as in the data)")
     parser.add_argument("--nfe", type=at_least_one,
                         help="of images: network calls for each (default: those of the training)")
     parser.add_argument("--steps", type=at_least_one,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Standardizer', 'check_sample', 'as_points', 'column_names', 'as_frame', 'ShuffledRows', 'stack_dataset', 'as_sampler',
-           'PairSampler', 'training_steps', 'PairPool', 'Batches']
+           'PairSampler', 'PairPool', 'Batches']
 
 # %% ../nbs/15_data.ipynb #15-004
 import hashlib
@@ -366,6 +366,7 @@ class PairSampler:
         source,  # the same; None: N(0, I) in the model's unit
         config: TrainConfig,  # its seed, flip and scale are used
         device: torch.device,  # where the draws are wanted
+        standardizer: Standardizer = None,  # None: that of the data
     ):
         self.device = device
         self.flip = config.flip
@@ -386,7 +387,9 @@ class PairSampler:
         self.streams += [sampler for sampler in samplers if hasattr(sampler, "get_state")]
         deck = self._draw_data
         self.rows = len(deck.x) if isinstance(deck, ShuffledRows) else None  # None: no end
-        self.standardizer = Standardizer.of(self._rows(2**14), device, config.scale)
+        if standardizer is None:
+            standardizer = Standardizer.of(self._rows(2**14), device, config.scale)
+        self.standardizer = standardizer
         self.shape = self.standardizer.model_shape
         if self.flip and len(self.shape) != 3:
             raise ValueError(f"flip is for images (n, C, H, W), got samples of shape {self.shape}")
@@ -438,18 +441,6 @@ class PairSampler:
                 stream.set_state(torch.Generator().manual_seed(seed).get_state())
 
 # %% ../nbs/15_data.ipynb #15-021
-def training_steps(
-    config: TrainConfig,
-    rows: int = None,  # of the data; None: they have no end
-) -> int:
-    "Steps of a training: those of the config, or a thousand epochs, from 300 to 20,000 steps."
-    if config.train_steps:
-        return config.train_steps
-    if rows is None:
-        return 20_000
-    return min(max(300, 1000*rows//config.batch_size), 20_000)
-
-# %% ../nbs/15_data.ipynb #15-022
 class PairPool:
     "Pairs (x, y) in memory, dealt at random."
 
@@ -472,7 +463,7 @@ class PairPool:
         rows = torch.randint(len(self.x), (n,), generator=self.generator, device=self.x.device)
         return self.x[rows], self.y[rows]
 
-# %% ../nbs/15_data.ipynb #15-023
+# %% ../nbs/15_data.ipynb #15-022
 class Batches:
     "An iterator of `draw()` that can save and restore the random streams it draws from."
 

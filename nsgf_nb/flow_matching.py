@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .data import Batches, PairPool
+from .fields import FieldConfig, VelocityModel, rows_per_call
 from .flow import beside, integrate
-from .models import FieldConfig, VelocityModel, rows_per_call
 from .semidiscrete import SemidiscretePlan, check_plan
 from .settings import setting
 from .sinkhorn import cost, potentials
@@ -113,16 +113,19 @@ class FlowMatching(VelocityModel):
         loop: Loop = None,  # runs the trainer; None: `Loop()`, without checkpoints
         teacher: VelocityModel = None,  # of coupling="reflow": a flow with the same network
         plan: SemidiscretePlan = None,  # of coupling="population": from `fit_plan`; None: made now
+        condition=None,  # classes of the rows, integers or words (N,): a flow for each
     ):  # the model itself
         "Learn from `source` to `data`. After Ctrl-C the model keeps what it has learned."
         if (self.config.coupling == "reflow") != (teacher is not None):
             raise ValueError(f"teacher must be a trained flow for coupling='reflow' and None for "
                              f"others, got {type(teacher).__name__} for {self.config.coupling!r}")
+        if teacher is not None and condition is not None:
+            raise ValueError("condition must be None for coupling='reflow': its teacher has none")
         self.teacher = teacher
-        return super().fit(data, source, progress, loop, teacher=teacher, plan=plan)
+        return super().fit(data, source, progress, loop, condition, teacher=teacher, plan=plan)
 
-    def make_network(self, shape):
-        net = super().make_network(shape)
+    def make_network(self, shape, classes=0):
+        net = super().make_network(shape, classes)
         if self.teacher is not None:
             net.load_state_dict(self.teacher.require_net().state_dict())
         return net

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from .data import Batches, PairPool
+from .fields import FieldConfig, VelocityModel
 from .flow import FlowSettings, PoolRecipe, TrajectoryPool, beside, visited_times
-from .models import FieldConfig, VelocityModel
 from .semidiscrete import check_plan
 from .settings import setting
 

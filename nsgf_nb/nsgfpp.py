@@ -34,7 +34,7 @@ from .unet import TimeNet
 class TimePredictor(Model):
     "The time t of a state between noise and data, from the state alone (Algorithm 3, t_φ)."
 
-    def make_network(self, shape):
+    def make_network(self, shape, classes=0):
         return TimeNet(shape, self.config.channels)
 
     def make_batches(self, sampler, progress):
@@ -167,6 +167,8 @@ class NSGFPlusPlus(Configurable):
         **sinkhorn_options,  # pool or plan, as for `NSGF.fit`
     ):  # the model itself
         "Train the parts, one after the other."
+        if "condition" in sinkhorn_options:
+            raise TypeError("NSGF++ takes no condition; NSGF and FlowMatching do")
         parts = list(self.parts) if parts is None else parts
         parts = [parts] if isinstance(parts, str) else list(parts)
         for name in parts:

@@ -31,11 +31,12 @@ from tqdm.auto import tqdm
 
 from nsgf_nb.files import load_tensors, read_json, save_tensors, writable_folder, write_json
 from nsgf_nb.flow import draw_from_paths
+from nsgf_nb.mlp import MLP
 from nsgf_nb.nsgf import NSGF
 from nsgf_nb.runs.checkpoints import Checkpoint, LongRun, Terminated
 from nsgf_nb.runs.disk_pool import DiskPool, Manifest, ShardStore, seal
 from nsgf_nb.targets import sample_2d
-from nsgf_nb.training import MLP, Loop, Trainer
+from nsgf_nb.training import Loop, Trainer
 from nsgf_nb.unet import UNet
 
 # ---- the victim: a pool of 13 shards, through whose window the training goes twice

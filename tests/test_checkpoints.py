@@ -17,6 +17,7 @@ import torch
 import nsgf_nb
 from nsgf_nb.files import load_tensors, save_tensors
 from nsgf_nb.flow_matching import FlowMatching
+from nsgf_nb.mlp import MLP
 from nsgf_nb.nsgf import NSGF
 from nsgf_nb.runs.checkpoints import (
     Checkpoint,
@@ -27,7 +28,7 @@ from nsgf_nb.runs.checkpoints import (
     file_lock,
 )
 from nsgf_nb.targets import sample_2d
-from nsgf_nb.training import MLP, Loop, Steps, Trainer, seeded
+from nsgf_nb.training import Loop, Steps, Trainer, seeded
 
 TINY = dict(width=16, depth=2, batch_size=64, train_steps=30, device="cpu")
 ROOT = Path(__file__).resolve().parent.parent

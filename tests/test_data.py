@@ -16,9 +16,8 @@ from nsgf_nb.data import (
     as_points,
     as_sampler,
     stack_dataset,
-    training_steps,
 )
-from nsgf_nb.training import TrainConfig
+from nsgf_nb.training import TrainConfig, training_steps
 
 CPU = torch.device("cpu")
 

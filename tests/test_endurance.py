@@ -104,7 +104,8 @@ def test_junk_goes_into_copies():
 
 GROW = """
 import torch
-from nsgf_nb.training import MLP, Loop, Trainer
+from nsgf_nb.mlp import MLP
+from nsgf_nb.training import Loop, Trainer
 
 generator = torch.Generator().manual_seed(0)
 pages = []

@@ -19,10 +19,11 @@ from nsgf_nb.flow_matching import (
     trigonometric_path,
 )
 from nsgf_nb.metrics import sw2
+from nsgf_nb.mlp import MLP
 from nsgf_nb.nsgf import NSGF
 from nsgf_nb.sinkhorn import cost
 from nsgf_nb.targets import sample_2d, source_2d
-from nsgf_nb.training import MLP, Loop, Trainer
+from nsgf_nb.training import Loop, Trainer
 
 TINY = dict(train_steps=30, batch_size=64, width=16, depth=1, sample_steps=4, device="cpu")
 KINDS = {

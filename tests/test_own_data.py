@@ -298,6 +298,29 @@ def test_columns_are_chosen(nsgf):
     fails(nsgf("fit", "x.npy", "--columns", "a", *TINY), "--columns.*array")
 
 
+def test_a_flow_for_each_class_of_a_column(nsgf):
+    frame = people().assign(size=rng.integers(1, 3, 200))
+    frame.to_csv("p.csv", index=False)
+    code, out, err = nsgf("fit", "p.csv", "--label", "town", *TINY)
+    assert code == 0 and "each of the 3 classes of town" in out, err
+    assert nsgf("sample", "model.safetensors", "-n", "60", "-o", "all.csv")[0] == 0
+    rows = pandas.read_csv("all.csv")
+    assert set(rows.columns) == set(frame.columns)
+    assert set(rows["town"]) == {"Bern", "Ulm", "Wien"}
+    ulm = ("sample", "model.safetensors", "--condition", "Ulm", "-n", "5", "-o", "u.csv")
+    assert nsgf(*ulm)[0] == 0
+    assert pandas.read_csv("u.csv")["town"].tolist() == ["Ulm"]*5
+    fails(nsgf("sample", "model.safetensors", "--condition", "Rom", "-o", "u.csv"),
+          "'Bern', 'Ulm', 'Wien', got 'Rom'")
+    assert nsgf("evaluate", "model.safetensors", "p.csv")[0] == 0
+    assert nsgf("fit", "p.csv", "--label", "size", *TINY)[0] == 0  # numbers are classes too
+    assert nsgf("sample", "model.safetensors", "--condition", "2", "-n", "5", "-o", "u.csv")[0] == 0
+    assert pandas.read_csv("u.csv")["size"].tolist() == [2]*5
+    fails(nsgf("fit", "p.csv", "--label", "colour", *TINY), "'colour'; it has age")
+    assert nsgf("fit", "p.csv", *TINY)[0] == 0
+    fails(nsgf("sample", "model.safetensors", "--condition", "2", "-o", "u.csv"), "without classes")
+
+
 def test_rows_with_missing_values(nsgf):
     frame = people()
     frame.loc[:9, "income"] = None

@@ -16,9 +16,10 @@ readme = root/"README.md"
 
 # The table of notebooks in reading order. A module may import what stands above it.
 ORDER = """
-00_theory 01_from_scratch 02_sinkhorn 03_solver 04_targets 05_flow 06_training 06b_dual_ascent
-06c_semidiscrete 06d_likelihood 06e_models 07_nsgf 08_metrics
-09_flow_matching 10_images 11_unet 12_nsgfpp 13_image_metrics 14_files 15_data
+00_theory 01_from_scratch 02_sinkhorn 03_solver 04_targets 05_flow 05b_mlp 06_training
+06b_dual_ascent
+06c_semidiscrete 06d_likelihood 06e_models 06f_fields 07_nsgf 08_metrics
+09_flow_matching 10_images 11_unet 12_nsgfpp 13_image_metrics 14_files 15_data 15b_conditions
 16_cuda_graphs 17_settings 18_tables
 20_plane 21_images 22_ablations 23_speed 24_endurance 25_tables
 30_checkpoints 31_disk_pool 32_distributed
@@ -27,7 +28,8 @@ ORDER = """
 49d_table_bench 50_cli
 """.split()
 # These may be skipped by a reader, and may be imported from above as well.
-SKIPPABLE = {"solver", "files", "data", "cuda_graphs", "settings", "tables"}
+SKIPPABLE = {"solver", "files", "data", "cuda_graphs", "settings", "tables",
+             "conditions"}
 HEAVY = {"geomloss", "jax", "matplotlib", "ot", "ott", "scipy", "sklearn", "torch_fidelity",
          "torchdiffeq", "torchmetrics", "torchvision"}
 

@@ -9,10 +9,9 @@ from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
 
 from nsgf_nb import cuda_graphs
+from nsgf_nb.mlp import MLP, FourierFeatures
 from nsgf_nb.settings import replace_settings
 from nsgf_nb.training import (
-    MLP,
-    FourierFeatures,
     Loop,
     TrainConfig,
     Trainer,

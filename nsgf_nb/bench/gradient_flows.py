@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data import Batches, PairSampler, ShuffledRows
+from ..fields import FieldConfig, VelocityModel
 from ..files import with_prefix, without_prefix
-from ..models import FieldConfig, VelocityModel
 from ..settings import check_settings, setting
 from ..training import Steps, Trainer
 
@@ -167,7 +167,7 @@ class StagedModel(VelocityModel):
     Stage = None  # module of one stage, made from its dimension and the config
     Trainer = StagedTrainer
 
-    def make_network(self, shape):
+    def make_network(self, shape, classes=0):
         "A chain of stages at rest."
         dimension = math.prod(shape)
         stages = [self.Stage(dimension, self.config) for _ in range(self.config.stages)]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'HELD_OUT', 'read_samples', 'split_rows', 'are_images', 'data_settings', 'fit_file', 'table_of',
-           'write_rows', 'compare_samples', 'classifier_auc', 'show_columns', 'evaluate_file', 'register_fit']
+           'write_rows', 'sample_rows', 'compare_samples', 'classifier_auc', 'show_columns', 'evaluate_file',
+           'register_fit']
 
 # %% ../../nbs/49c_own_data.ipynb #49c-004
 import ast
@@ -16,7 +17,6 @@ import numpy
 import torch
 
 from .protocol import add_device, provenance
-from ..data import training_steps
 from ..files import load_tensors
 from ..flow_matching import FlowMatching
 from ..images import load_images
@@ -24,6 +24,7 @@ from ..metrics import Estimate, ratio, sw2, w2
 from ..nsgf import NSGF
 from ..runs.checkpoints import LongRun
 from ..tables import SUFFIXES, Table, read_data
+from ..training import training_steps
 
 # %% ../../nbs/49c_own_data.ipynb #49c-007
 METHODS = {"nsgf": (NSGF, {}), "ot-cfm": (FlowMatching, dict(coupling="ot", pool_size=2**16)),
@@ -46,6 +47,15 @@ def _choose_columns(frame, columns, drop, drop_missing):
         frame = frame[list(columns)]
     frame = frame.drop(columns=list(drop or ()))
     return frame.dropna() if drop_missing else frame
+
+def _labels_in(frame, label):
+    "The column of classes."
+    if label not in frame.columns:
+        raise ValueError(f"data has no column called {label!r}; it has "
+                         f"{', '.join(map(str, frame.columns))}")
+    if frame[label].isna().any():
+        raise ValueError(f"column {label!r} has missing values: --drop-missing leaves out its rows")
+    return frame[label].to_numpy()
 
 def split_rows(
     n: int,  # rows
@@ -103,6 +113,7 @@ def fit_file(
     hold_out: float = HELD_OUT,  # share of the rows that are not trained on
     seed: int = 0,
     device=None,
+    label: str = None,  # column of a table with classes: a flow for each
 ):  # the model
     "Train a model on a file. The same call resumes a training that was stopped."
     out = Path(out)
@@ -113,13 +124,19 @@ def fit_file(
                  settings=settings or {})
     if not isinstance(points, torch.Tensor):
         frame = _choose_columns(points, columns, drop, drop_missing)
+        condition = None
+        if label is not None:
+            condition = _labels_in(frame, label)
+            frame = frame.drop(columns=[label])
+            notes["label"] = label
         table = Table.of(frame)
         points = table.to_points(frame)
         notes["table"] = table.describe()
         for column in table.columns:
             print(f"  {column.summary()}")
-    elif columns or drop or drop_missing:
-        raise ValueError(f"--columns, --drop and --drop-missing are for tables; {data} is an array")
+    elif columns or drop or drop_missing or label:
+        raise ValueError(f"--columns, --drop, --drop-missing and --label are for tables; {data} is "
+                         f"an array")
     train, held_out = split_rows(len(points), hold_out, seed)
     print(f"{data}: {len(points):,} samples of shape {tuple(points.shape[1:])}, "
           f"{len(held_out):,} of them held out")
@@ -130,7 +147,11 @@ def fit_file(
           + ", ".join(f"{name}={value!r}" for name, value in asdict(model.config).items()))
     print(f"{training_steps(model.config, len(train)):,} steps of {model.config.batch_size}")
     checkpoint = out.with_name(out.name + ".checkpoint")
-    model.fit(points[train], loop=LongRun(checkpoint))
+    options = {}
+    if label is not None:
+        options["condition"] = condition[train.numpy()]
+        print(f"a flow for each of the {len(set(condition)):,} classes of {label}")
+    model.fit(points[train], loop=LongRun(checkpoint), **options)
     model.save(out, **notes, provenance=provenance(model.device))
     checkpoint.unlink(missing_ok=True)
     ending = ".csv" if "table" in notes else ".npy"
@@ -151,6 +172,7 @@ def write_rows(
     x: torch.Tensor,  # samples (n, D)
     table: Table,  # None: columns are called x0, x1, …
     path,  # .csv, .tsv or .parquet
+    labels: dict = None,  # a column more: its name -> its values (n,)
 ):
     "Write samples as the rows of a table."
     import pandas
@@ -161,12 +183,35 @@ def write_rows(
         frame = table.to_frame(x)
     else:
         frame = pandas.DataFrame(x.cpu().numpy(), columns=[f"x{i}" for i in range(x.shape[1])])
+    frame = frame.assign(**labels or {})
     if Path(path).suffix == ".parquet":
         frame.to_parquet(path)
     else:
         frame.to_csv(path, index=False, sep="\t" if Path(path).suffix == ".tsv" else ",")
 
-# %% ../../nbs/49c_own_data.ipynb #49c-014
+# %% ../../nbs/49c_own_data.ipynb #49c-013
+def sample_rows(
+    model,  # of `fit_file`
+    path,  # of the model
+    n: int,
+    seed: int = 0,
+    steps: int = None,  # None: those of the model
+    condition: str = None,  # a class; None: as often as in the data
+) -> tuple:  # samples (n, D); the column of classes, name -> values, or {}
+    "Samples, and their classes if the model has some."
+    if model.classes is None:
+        return model.sample(n, steps, seed, condition=condition), {}
+    values = model.classes.values
+    if condition is None:
+        chosen = [values[k] for k in model.classes.draw(n, seed)]
+    else:
+        named = {str(value): value for value in values}
+        chosen = [named.get(str(condition), condition)]*n
+    _, about = load_tensors(path)
+    x = model.sample(n, steps, seed, condition=chosen)
+    return x, {about.get("label", "condition"): chosen}
+
+# %% ../../nbs/49c_own_data.ipynb #49c-015
 def compare_samples(
     x: torch.Tensor,  # generated (n, D)
     held_out: torch.Tensor,  # real, not trained on (m, D)
@@ -248,7 +293,7 @@ def show_columns(
     axs[0, 0].legend(fontsize=8)
     return fig
 
-# %% ../../nbs/49c_own_data.ipynb #49c-015
+# %% ../../nbs/49c_own_data.ipynb #49c-016
 def evaluate_file(
     model,
     path,  # of the model
@@ -263,7 +308,9 @@ def evaluate_file(
     if table is not None:
         if isinstance(points, torch.Tensor):
             raise ValueError(f"{path} was trained on a table, {data} is an array")
-        points = table.to_points(points[[c.name for c in table.columns]].dropna())
+        names = [c.name for c in table.columns]
+        label = [about["label"]] if "label" in about else []
+        points = table.to_points(points[names + label].dropna())
     elif not isinstance(points, torch.Tensor):
         points = Table.of(points).to_points(points)
     if points.shape[1:] != model.standardizer.shape:
@@ -295,7 +342,7 @@ def evaluate_file(
         print(f"wrote {picture}")
     return measured
 
-# %% ../../nbs/49c_own_data.ipynb #49c-020
+# %% ../../nbs/49c_own_data.ipynb #49c-021
 def register_fit(
     commands,  # subparsers of argparse
 ):
@@ -309,6 +356,8 @@ def register_fit(
     parser.add_argument("--method", choices=METHODS, default="nsgf", help="default: nsgf")
     parser.add_argument("--columns", nargs="+", metavar="COLUMN", help="of a table, only these")
     parser.add_argument("--drop", nargs="+", metavar="COLUMN", help="of a table, all but these")
+    parser.add_argument("--label", metavar="COLUMN",
+                        help="of a table: learn a flow for each class in this column")
     parser.add_argument("--drop-missing", action="store_true",
                         help="leave out rows with missing values")
     parser.add_argument("--hold-out", type=float, default=HELD_OUT, metavar="SHARE",
@@ -323,4 +372,4 @@ def _fit(args):
     if not 0 <= args.hold_out < 1:
         raise ValueError(f"--hold-out must be at least 0 and below 1, got {args.hold_out}")
     fit_file(args.data, args.output, args.method, args.columns, args.drop, args.drop_missing,
-             _given_settings(args.set), args.hold_out, args.seed, args.device)
+             _given_settings(args.set), args.hold_out, args.seed, args.device, args.label)

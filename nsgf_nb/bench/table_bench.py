@@ -16,13 +16,12 @@ import torch
 
 from .own_data import data_settings, split_rows
 from .protocol import add_bench_options, provenance, without_nan
-from ..data import training_steps
 from ..files import read_json, writable_folder, write_json
 from ..flow import integrate
 from ..flow_matching import FlowMatching
 from ..nsgf import NSGF
 from ..tables import Table
-from ..training import Trainer, find_device, make_network
+from ..training import Trainer, find_device, make_network, training_steps
 
 # %% ../../nbs/49d_table_bench.ipynb #49d-006
 def _from_sklearn(name):
