@@ -33,6 +33,7 @@ from nsgf_nb.bench.image_experiments import (
     train_images,
 )
 from nsgf_nb.bench.own_data import (
+    class_named,
     evaluate_file,
     register_fit,
     sample_rows,
@@ -123,7 +124,10 @@ def _sample_images(args, model, out):
     if args.steps:
         raise ValueError("--steps is for models of the plane: images take --nfe, the network "
                          "calls of each")
-    x = sample_images(model, args.n, args.nfe, args.seed)
+    options = {}
+    if args.condition is not None:
+        options["condition"] = class_named(model, args.condition)
+    x = sample_images(model, args.n, args.nfe, args.seed, **options)
     if out.suffix == ".npy":
         _save_array(x, out)
     else:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'HELD_OUT', 'read_samples', 'split_rows', 'are_images', 'data_settings', 'fit_file', 'table_of',
-           'write_rows', 'sample_rows', 'compare_samples', 'classifier_auc', 'show_columns', 'evaluate_file',
-           'register_fit']
+           'write_rows', 'class_named', 'sample_rows', 'compare_samples', 'classifier_auc', 'show_columns',
+           'evaluate_file', 'register_fit']
 
 # %% ../../nbs/49c_own_data.ipynb #49c-004
 import ast
@@ -190,6 +190,19 @@ def write_rows(
         frame.to_csv(path, index=False, sep="\t" if Path(path).suffix == ".tsv" else ",")
 
 # %% ../../nbs/49c_own_data.ipynb #49c-013
+def class_named(
+    model,
+    word: str,  # as the user wrote it
+):  # the value of the class
+    "A class of a model. Raises `ValueError` for a model without classes, or for another word."
+    classes = getattr(model, "classes", None)
+    if classes is None:
+        raise ValueError("--condition is for models with classes; this one was trained without")
+    named = {str(value): value for value in classes.values}
+    if word not in named:
+        raise ValueError(f"--condition must be one of {', '.join(named)}, got {word!r}")
+    return named[word]
+
 def sample_rows(
     model,  # of `fit_file`
     path,  # of the model
@@ -199,14 +212,12 @@ def sample_rows(
     condition: str = None,  # a class; None: as often as in the data
 ) -> tuple:  # samples (n, D); the column of classes, name -> values, or {}
     "Samples, and their classes if the model has some."
-    if model.classes is None:
-        return model.sample(n, steps, seed, condition=condition), {}
-    values = model.classes.values
-    if condition is None:
-        chosen = [values[k] for k in model.classes.draw(n, seed)]
+    if condition is not None:
+        chosen = [class_named(model, condition)]*n
+    elif model.classes is None:
+        return model.sample(n, steps, seed), {}
     else:
-        named = {str(value): value for value in values}
-        chosen = [named.get(str(condition), condition)]*n
+        chosen = [model.classes.values[k] for k in model.classes.draw(n, seed)]
     _, about = load_tensors(path)
     x = model.sample(n, steps, seed, condition=chosen)
     return x, {about.get("label", "condition"): chosen}
@@ -337,7 +348,11 @@ def evaluate_file(
         if table is not None:
             names = [c.name if c.width == 1 else f"{c.name} {value}"
                      for c in table.columns for value in (c.categories or [""])]
-        fig = show_columns(x.flatten(1), points[held_out].flatten(1), names)
+        varied = points[train].flatten(1)
+        many = [len(column.unique()) for column in varied.T]
+        order = sorted(range(len(names)), key=lambda i: -min(many[i], 20))  # categories come last
+        fig = show_columns(x.flatten(1)[:, order], points[held_out].flatten(1)[:, order],
+                           [names[i] for i in order])
         fig.savefig(picture)
         print(f"wrote {picture}")
     return measured
