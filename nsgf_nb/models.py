@@ -330,3 +330,5 @@ def _check_tensors(tensors, about, config):
             raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, expected {shapes[0]}")
         if tensors[name].dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{name} is of type {tensors[name].dtype}, expected float32/64")
+    if not (tensors["scale"] >= 0).all() or not (tensors["scale"] > 0).any():
+        raise ValueError("scale must be positive, or 0 for a constant column")

@@ -94,6 +94,15 @@ def test_random_state_is_another_word_for_seed():
         assert not torch.equal(first, model.sample(5, random_state=state))
 
 
+@pytest.mark.parametrize("scale", (0., -1., float("nan")))
+def test_a_file_whose_scale_is_not_positive_is_refused(tmp_path, scale):
+    model = NSGF(**TINY, scale="global").fit(rows, progress=False)
+    model.standardizer.scale.fill_(scale)
+    model.save(tmp_path/"m.safetensors")
+    with pytest.raises(ValueError, match="m.safetensors.*scale must be positive"):
+        NSGF.load(tmp_path/"m.safetensors")
+
+
 def test_columns_keep_their_names(tmp_path):
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame(rows, columns=["age", "height", "weight"])
