@@ -26,11 +26,11 @@ from nsgf_nb.training import seeded
 
 TINY = {
     EPT: EPTConfig(stages=4, sample_steps=4, train_steps=9, batch_size=32, width=8, depth=2,
-                   particles=64),
+                   particles=64, scale="global"),
     JKOFlow: JKOFlowConfig(stages=2, sample_steps=4, train_steps=7, batch_size=32, width=8,
-                           depth=2, particles=64, time_steps=2),
+                           depth=2, particles=64, time_steps=2, scale="global"),
     SlicedWassersteinFlow: SWFConfig(stages=3, sample_steps=3, directions=4, quantiles=16,
-                                     particles=64),
+                                     particles=64, scale="global"),
 }
 each_method = pytest.mark.parametrize("cls", TINY, ids=lambda cls: cls.__name__)
 each_learner = pytest.mark.parametrize("cls", [EPT, JKOFlow], ids=lambda cls: cls.__name__)
@@ -339,7 +339,7 @@ def test_the_settings_of_networks_follow_from_those_of_the_sliced_flow(tmp_path)
 @each_method
 def test_bad_input_is_named(cls):
     for data, error, words in ((torch.full((5, 2), math.nan), ValueError, "data.*10 NaN"),
-                               ([[0.]], TypeError, "data.*list")):
+                               ([["a"]], TypeError, "data.*list")):
         with pytest.raises(error, match=words):
             tiny(cls, data)
     with pytest.raises(TypeError, match=f"config.*{cls.Config.__name__}.*NSGFConfig"):
@@ -397,7 +397,7 @@ def test_sw2_falls(cls, target):
     given = target == "8gaussians-moons"
     source = (lambda n: source_2d(target, n, generator)) if given else None
     options = dict(log_density=log_eight_gaussians) if given and cls is JKOFlow else {}
-    model = cls(device="cpu", **SMALL[cls])
+    model = cls(device="cpu", scale="global", **SMALL[cls])
     model.fit(lambda n: sample_2d(target, n, generator), source, False, **options)
     x0 = source_2d(target, 4000, 1) if given else model.sample(4000, 1, trajectory=True)[0]
     y = sample_2d(target, 4000, 2)

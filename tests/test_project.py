@@ -30,7 +30,8 @@ ORDER = """
 # These may be skipped by a reader, and may be imported from above as well.
 SKIPPABLE = {"solver", "files", "data", "cuda_graphs", "settings", "tables",
              "conditions"}
-HEAVY = {"geomloss", "jax", "matplotlib", "ot", "ott", "scipy", "sklearn", "torch_fidelity",
+HEAVY = {"geomloss", "huggingface_hub", "jax", "matplotlib", "ot", "ott", "pandas", "scipy",
+         "sklearn", "torch_fidelity",
          "torchdiffeq", "torchmetrics", "torchvision"}
 
 each_notebook = pytest.mark.parametrize("path", notebooks, ids=lambda path: path.stem)

@@ -87,7 +87,7 @@ def test_channels_choose_the_unet():
 # ---- settings
 
 @pytest.mark.parametrize("settings, error, words", (
-    (dict(train_steps=0), ValueError, "train_steps.*1.*0"),
+    (dict(train_steps=-1), ValueError, "train_steps.*0.*-1"),
     (dict(train_steps=2.5), TypeError, "train_steps.*int.*2.5"),
     (dict(batch_size=-1), ValueError, "batch_size.*-1"),
     (dict(lr=0.), ValueError, "lr.*0"),
