@@ -141,7 +141,7 @@ class VelocityModel(Model, DensityScores):
         self,
         x,  # samples (n, *shape), in the data's unit
         steps: int = 100,
-        method: str = "midpoint",  # as in `integrate`
+        method: str = "rk4",  # as in `integrate`
         condition=None,  # of a model with classes: one class, or one for each sample (n,)
     ) -> Tensor:  # points of the source (n, *shape), in the model's unit: N(0, I)
         "Where the flow that ends at `x` began. `decode` leads back."
@@ -151,7 +151,7 @@ class VelocityModel(Model, DensityScores):
         self,
         z: Tensor,  # points of the source (n, *shape), in the model's unit
         steps: int = 100,
-        method: str = "midpoint",  # as in `integrate`
+        method: str = "rk4",  # as in `integrate`
         condition=None,  # of a model with classes: one class, or one for each sample (n,)
     ) -> Tensor:  # (n, *shape), in the data's unit
         "Where the flow that begins at `z` ends."

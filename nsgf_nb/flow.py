@@ -29,7 +29,7 @@ def beside(
     return t.view(-1, *[1]*(x.ndim - 1))
 
 # %% ../nbs/05_flow.ipynb #05-009
-_CALLS_PER_STEP = {"euler": 1, "adams": 1, "midpoint": 2, "heun": 2}
+_CALLS_PER_STEP = {"euler": 1, "adams": 1, "midpoint": 2, "heun": 2, "rk4": 4}
 INTEGRATORS = (*_CALLS_PER_STEP, "dopri5")
 
 def _step(v, x, t, dt, method):
@@ -40,6 +40,11 @@ def _step(v, x, t, dt, method):
         return x + h*slope
     if method == "midpoint":
         return x + h*v(x + h/2*slope, t + dt/2)
+    if method == "rk4":  # Kutta's rule of fourth order
+        second = v(x + h/2*slope, t + dt/2)
+        third = v(x + h/2*second, t + dt/2)
+        fourth = v(x + h*third, t + dt)
+        return x + h/6*(slope + 2*second + 2*third + fourth)
     return x + h/2*(slope + v(x + h*slope, t + dt))
 
 class _AdamsBashforth:
@@ -160,7 +165,7 @@ def integrate(
     v,  # the field: v(x, t) -> dx/dt, like x
     x: Tensor,  # states (B, *shape)
     steps: int = 10,  # steps of each sample from its own start to t = 1
-    method: str = "euler",  # or "adams", "midpoint", "heun"; "dopri5" with `tol`, without steps
+    method: str = "euler",  # "adams", "midpoint", "heun", "rk4"; "dopri5": `tol`, without steps
     t_start: float | Tensor = 0.,  # start of each sample in [0, 1], (B,) or one number
     step_size: float | None = None,  # widest step ω, in place of `steps` and `time_power`
     time_power: float = 1.,  # p of the step ends (k/n)^p: above 1 the steps grow

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from nsgf_nb.flow import integrate
 from nsgf_nb.flow_matching import FlowMatching
 from nsgf_nb.likelihood import divergence, euler_log_prob, flow_log_prob
+from nsgf_nb.targets import sample_2d
 
 SMALL = dict(train_steps=400, batch_size=256, width=48, depth=2, device="cpu", ema=.99)
 
@@ -137,6 +138,13 @@ def test_there_and_back(model, table):
     assert off.abs().max() < 1e-4
     with pytest.raises(ValueError, match=r"^x .*\(n, 3\).*\(5, 2\)"):
         model.encode(torch.zeros(5, 2))
+
+
+def test_there_and_back_between_eight_islands():
+    data = sample_2d("8gaussians", 4000, 0)
+    model = FlowMatching(**SMALL | dict(train_steps=1500)).fit(data, progress=False)
+    x = data[:200]
+    assert (model.decode(model.encode(x)) - x).abs().max() < 1e-4*model.standardizer.scale.max()
 
 
 def test_the_model_is_differentiable(model, table):
