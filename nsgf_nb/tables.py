@@ -230,7 +230,10 @@ def _read_frame(path):
     try:
         if path.suffix == ".parquet":
             return pandas.read_parquet(path)
-        frame = pandas.read_csv(path, sep=_separator(path), skipinitialspace=True)
+        separator = _separator(path)
+        frame = pandas.read_csv(path, sep=separator, skipinitialspace=True)
+        if separator != "," and any(_has_decimal_commas(values) for _, values in frame.items()):
+            frame = pandas.read_csv(path, sep=separator, skipinitialspace=True, decimal=",")
     except (ValueError, pandas.errors.ParserError) as error:
         raise ValueError(f"{path} is not a table: {' '.join(str(error).split())}") from None
     unnamed = [name for name in frame.columns if str(name).startswith("Unnamed: ")]
@@ -240,6 +243,13 @@ def _read_frame(path):
         frame = pandas.read_csv(path, sep=_separator(path), header=None)
         frame.columns = [f"column {i}" for i in range(len(frame.columns))]
     return frame
+
+def _has_decimal_commas(values):
+    "Are these numbers such as 1,5, all of them?"
+    if getattr(values.dtype, "kind", "O") in "biuf":
+        return False
+    words = values.dropna().astype(str).str.strip()
+    return words.str.fullmatch(r"[-+]?\d+(,\d+)?").all() and words.str.contains(",").any()
 
 def _separator(path):
     "What stands between the values of a text file."

@@ -168,6 +168,12 @@ def test_text_files(tmp_path, separator):
     pandas.testing.assert_frame_equal(read_data(path), FRAME)
 
 
+def test_decimal_commas(tmp_path):
+    (tmp_path/"t.csv").write_text("a;b;c\n1;2,5;x,1\n3;-4;y\n")
+    assert read_data(tmp_path/"t.csv").to_dict("list") == {
+        "a": [1, 3], "b": [2.5, -4.], "c": ["x,1", "y"]}
+
+
 def test_the_index_that_pandas_writes_is_no_column(tmp_path):
     FRAME.to_csv(tmp_path/"t.csv")
     assert list(read_data(tmp_path/"t.csv").columns) == ["a", "b"]
@@ -258,6 +264,8 @@ def test_from_a_file_to_a_file(nsgf):
     code, out, _ = nsgf("evaluate", "m.safetensors", "people.csv", "--picture", "p.png")
     assert code == 0 and "20 held-out rows" in out and "floor" in out
     assert Path("p.png").stat().st_size > 1000
+    people()[["age", "town"]].to_csv("less.csv", index=False)
+    fails(nsgf("evaluate", "m.safetensors", "less.csv"), "no column called 'income'; it has age")
     _, about = load_tensors("m.safetensors")
     assert about["held_out"] == {"share": .1, "seed": 3} and about["data"] == "people.csv"
     assert about["provenance"] == provenance("cpu") and about["settings"]["width"] == 8

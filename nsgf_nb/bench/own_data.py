@@ -321,7 +321,7 @@ def evaluate_file(
             raise ValueError(f"{path} was trained on a table, {data} is an array")
         names = [c.name for c in table.columns]
         label = [about["label"]] if "label" in about else []
-        points = table.to_points(points[names + label].dropna())
+        points = table.to_points(_choose_columns(points, names + label, None, drop_missing=True))
     elif not isinstance(points, torch.Tensor):
         points = Table.of(points).to_points(points)
     if points.shape[1:] != model.standardizer.shape:
@@ -341,8 +341,11 @@ def evaluate_file(
               f"ratio {row['ratio'].mean:.2f} ± {row['ratio'].se:.2f}   (columns of deviation 1)")
     print(f"largest error of a mean {measured['means']:.3f} deviations, of a deviation "
           f"{measured['deviations']:.1%}, of a correlation {measured['correlations']:.3f}")
-    print(f"gradient boosting tells real from generated: area under the curve "
-          f"{measured['auc']:.3f} (.5: it cannot)")
+    if math.isnan(measured["auc"]):
+        print("too few held-out rows for a classifier")
+    else:
+        print(f"gradient boosting tells real from generated: area under the curve "
+              f"{measured['auc']:.3f} (.5: it cannot)")
     if picture:
         names = [f"x{i}" for i in range(math.prod(points.shape[1:]))]
         if table is not None:
