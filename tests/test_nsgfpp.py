@@ -223,7 +223,7 @@ def test_adaptive_sampling_counts_too(model):
     (dict(n=0), ValueError, "^n "), (dict(), ValueError, "^n "),
     (dict(n=2, steps=0), ValueError, "^steps"),
     (dict(n=2, sinkhorn_steps=0), ValueError, "^steps"),
-    (dict(n=2, method="rk4"), ValueError, "method.*rk3"),
+    (dict(n=2, method="rk3"), ValueError, "method.*rk3"),
     (dict(x0=torch.zeros(2, 3, 8, 8)), ValueError, r"^x0.*\(2, 3, 8, 8\)"),
     (dict(n=2, time_power=0.), ValueError, "time_power"),
 ))
