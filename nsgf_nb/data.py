@@ -143,7 +143,7 @@ def as_points(
         x = data.detach()
     elif hasattr(data, "__dlpack__") and not isinstance(data, numpy.ndarray):
         x = torch.from_dlpack(data)
-    elif hasattr(data, "columns") and hasattr(data, "dtypes"):
+    elif _is_frame(data):
         x = torch.from_numpy(_array_of_frame(data, name))
     else:
         x = torch.from_numpy(_array_of_numbers(data, name))
@@ -156,6 +156,10 @@ def as_points(
     if not x.is_floating_point():
         x = x.float() if x.element_size() <= 2 else x.double()
     return check_sample(name, x)
+
+def _is_frame(data):
+    "Is this a DataFrame, of pandas or a library like it?"
+    return hasattr(data, "columns") and hasattr(data, "dtypes")
 
 def _array_of_numbers(data, name):
     "A NumPy array of its own, with a dtype that torch knows."
@@ -204,7 +208,7 @@ def column_names(
     data,  # as for `as_sampler`
 ):  # list of the names of a DataFrame's columns; None for other data
     "What the columns are called."
-    if hasattr(data, "columns") and hasattr(data, "dtypes"):
+    if _is_frame(data):
         return [str(name) for name in data.columns]
     return None
 

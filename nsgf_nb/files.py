@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODEL_FILE', 'write_file', 'write_json', 'read_json', 'save_tensors', 'load_tensors', 'with_prefix', 'without_prefix',
-           'pretrained_names', 'pretrained_path', 'find_pretrained', 'write_model_card', 'writable_folder']
+           'pretrained_names', 'pretrained_path', 'find_pretrained', 'write_model_card', 'Pretrained',
+           'writable_folder']
 
 # %% ../nbs/14_files.ipynb #14-004
 import hashlib
@@ -231,6 +232,27 @@ def write_model_card(
                         shape=tuple(shape), notes="\n".join(notes),
                         config=json.dumps(config, indent=1))
     write_file(folder/"README.md", text.encode())
+
+class Pretrained:
+    "What models with `save` and `load` share with the Hugging Face Hub."
+
+    def save_pretrained(
+        self,
+        folder,  # made if it does not exist
+        **notes,  # more for the description and the model card, such as measured numbers
+    ):
+        "Write the model, its description and a model card, as the Hugging Face Hub has them."
+        self.save(Path(folder)/MODEL_FILE, **notes)
+        write_model_card(folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,  # shipped weights, such as "mnist"; a folder; or "owner/name" on the Hub
+        device=None,  # where to compute; None: a GPU if there is one
+    ):
+        "A model that was saved with `save_pretrained`, or that comes with the package."
+        return cls.load(find_pretrained(name), device)
 
 def writable_folder(
     path,  # folder, made if it does not exist

@@ -36,11 +36,14 @@ def divergence(
 
 def _along(flat, x, direction):
     "σᵀJσ of each sample (B,)."
+    return (_pulled_back(flat, x, direction)*direction).sum(1)
+
+def _pulled_back(flat, x, direction):
+    "σᵀJ of each sample (B, D)."
     if not flat.requires_grad:  # a field that does not depend on x
-        return flat.new_zeros(len(flat))
-    weighted = (flat*direction).sum()
-    gradient, = torch.autograd.grad(weighted, x, retain_graph=True)
-    return (gradient.flatten(1)*direction).sum(1)
+        return torch.zeros_like(flat)
+    gradient, = torch.autograd.grad((flat*direction).sum(), x, retain_graph=True)
+    return gradient.flatten(1)
 
 # %% ../nbs/06d_likelihood.ipynb #06d-011
 def reversed_field(
@@ -127,9 +130,8 @@ def _step_matrix(v, x, t, h):
     x = x.detach().requires_grad_()
     velocity = v(x, t)
     flat = velocity.flatten(1)
-    rows = [torch.autograd.grad(flat[:, i].sum(), x, retain_graph=True)[0].flatten(1)
-            for i in range(flat.shape[1])]
     identity = torch.eye(flat.shape[1], dtype=x.dtype, device=x.device)
+    rows = [_pulled_back(flat, x, direction) for direction in identity]
     return velocity.detach(), identity + h*torch.stack(rows, 1)
 
 def _shorten(v, x, y, t, h, off, change):

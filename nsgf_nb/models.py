@@ -10,7 +10,6 @@ import json
 import math
 import warnings
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
@@ -22,13 +21,11 @@ from nsgf_nb.data import (
     column_names,
 )
 from nsgf_nb.files import (
-    MODEL_FILE,
-    find_pretrained,
+    Pretrained,
     load_tensors,
     save_tensors,
     with_prefix,
     without_prefix,
-    write_model_card,
 )
 from .settings import Configurable, replace_settings
 from nsgf_nb.training import (
@@ -42,7 +39,7 @@ from nsgf_nb.training import (
 )
 
 # %% ../nbs/06e_models.ipynb #06e-006
-class Model(Configurable):
+class Model(Configurable, Pretrained):
     "A network that is trained on data; subclasses say from which batches."
     Config = TrainConfig
 
@@ -254,9 +251,9 @@ class Model(Configurable):
             model = cls(cls.Config(**about["config"]), device=device)
             _check_tensors(tensors, about, model.config)
             standardizer = Standardizer(tensors["mean"], tensors["scale"])
+            classes = Classes(**about["classes"]) if "classes" in about else None
+            labels = 0 if classes is None else len(classes) + 1
             with torch.device("meta"):  # no memory before the shapes agree
-                classes = Classes(**about["classes"]) if "classes" in about else None
-                labels = 0 if classes is None else len(classes) + 1
                 net = model.make_network(standardizer.model_shape, labels)
             weights = {name: w.to(torch.float32, copy=True)  # aligned memory, for the same bits
                        for name, w in without_prefix("net", tensors).items()}
@@ -290,24 +287,6 @@ class Model(Configurable):
     ):
         "Read a model. Raises `ValueError` if the file is damaged, of another version or not ours."
         return cls.from_tensors(*load_tensors(path), find_device(device), path)
-
-    def save_pretrained(
-        self,
-        folder,  # made if it does not exist
-        **notes,  # more for the description and the model card, such as measured numbers
-    ):
-        "Write the model, its description and a model card, as the Hugging Face Hub has them."
-        self.save(Path(folder)/MODEL_FILE, **notes)
-        write_model_card(folder)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str,  # shipped weights, such as "mnist"; a folder; or "owner/name" on the Hub
-        device=None,  # where to compute; None: a GPU if there is one
-    ):
-        "A model that was saved with `save_pretrained`, or that comes with the package."
-        return cls.load(find_pretrained(name), device)
 
 # %% ../nbs/06e_models.ipynb #06e-007
 def _check_tensors(tensors, about, config):

@@ -7,7 +7,6 @@ __all__ = ['SINKHORN', 'PREDICTOR', 'STRAIGHT', 'PARTS', 'HANDOVERS', 'TimePredi
 
 # %% ../nbs/12_nsgfpp.ipynb #12-006
 from dataclasses import fields, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,13 +14,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from .data import Batches, as_points, as_sampler
 from nsgf_nb.files import (
-    MODEL_FILE,
-    find_pretrained,
+    Pretrained,
     load_tensors,
     save_tensors,
     with_prefix,
     without_prefix,
-    write_model_card,
 )
 from .flow_matching import FlowMatching, FlowMatchingConfig, random_times, straight_path
 from .models import Model
@@ -94,7 +91,7 @@ def check_images(
     return data
 
 # %% ../nbs/12_nsgfpp.ipynb #12-014
-class NSGFPlusPlus(Configurable):
+class NSGFPlusPlus(Configurable, Pretrained):
     "NSGF++ (Algorithm 3): `NSGFPlusPlus().fit(images).sample(n)`."
 
     def __init__(
@@ -242,21 +239,3 @@ class NSGFPlusPlus(Configurable):
                                              device, path)
             setattr(model, name, loaded)
         return model
-
-    def save_pretrained(
-        self,
-        folder,  # made if it does not exist
-        **notes,  # more for the description and the model card, such as measured numbers
-    ):
-        "Write the model, its description and a model card, as the Hugging Face Hub has them."
-        self.save(Path(folder)/MODEL_FILE, **notes)
-        write_model_card(folder)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str,  # shipped weights, such as "mnist"; a folder; or "owner/name" on the Hub
-        device=None,  # where to compute; None: a GPU if there is one
-    ):
-        "A model that was saved with `save_pretrained`, or that comes with the package."
-        return cls.load(find_pretrained(name), device)

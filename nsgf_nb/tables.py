@@ -240,7 +240,7 @@ def _read_frame(path):
     if unnamed == [frame.columns[0]] and _counts_rows(frame[unnamed[0]]):
         frame = frame.drop(columns=unnamed)  # the index that pandas wrote
     if all(_is_number(name) for name in frame.columns):  # a file without a header
-        frame = pandas.read_csv(path, sep=_separator(path), header=None)
+        frame = pandas.read_csv(path, sep=separator, header=None)
         frame.columns = [f"column {i}" for i in range(len(frame.columns))]
     return frame
 

@@ -37,12 +37,16 @@ def read_samples(
     "Data from a file, or images in [−1, 1] from a folder."
     return load_images(str(path)) if Path(path).is_dir() else read_data(path)
 
-def _choose_columns(frame, columns, drop, drop_missing):
-    "The columns and rows of a table that the user wants."
-    for name in [*(columns or ()), *(drop or ())]:
+def _check_columns(frame, names):
+    "ValueError for a name that no column has."
+    for name in names:
         if name not in frame.columns:
             raise ValueError(f"data has no column called {name!r}; it has "
                              f"{', '.join(map(str, frame.columns))}")
+
+def _choose_columns(frame, columns, drop, drop_missing):
+    "The columns and rows of a table that the user wants."
+    _check_columns(frame, [*(columns or ()), *(drop or ())])
     if columns:
         frame = frame[list(columns)]
     frame = frame.drop(columns=list(drop or ()))
@@ -50,9 +54,7 @@ def _choose_columns(frame, columns, drop, drop_missing):
 
 def _labels_in(frame, label):
     "The column of classes."
-    if label not in frame.columns:
-        raise ValueError(f"data has no column called {label!r}; it has "
-                         f"{', '.join(map(str, frame.columns))}")
+    _check_columns(frame, [label])
     if frame[label].isna().any():
         raise ValueError(f"column {label!r} has missing values: --drop-missing leaves out its rows")
     return frame[label].to_numpy()
@@ -166,6 +168,10 @@ def table_of(
 ):  # Table, or None if the model was not trained on a table
     "The columns of the table that a model was trained on."
     _, about = load_tensors(path)
+    return _table_in(about)
+
+def _table_in(about):
+    "The table that the description of a model holds, or None."
     return Table.from_description(about["table"]) if "table" in about else None
 
 def write_rows(
@@ -315,7 +321,7 @@ def evaluate_file(
     "Measure a model against the held-out rows of the file that it was trained on, or another file."
     _, about = load_tensors(path)
     points = read_samples(data)
-    table = table_of(path)
+    table = _table_in(about)
     if table is not None:
         if isinstance(points, torch.Tensor):
             raise ValueError(f"{path} was trained on a table, {data} is an array")
