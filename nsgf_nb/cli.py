@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/50_cli.ipynb #50-004
+# %% ../nbs/50_cli.ipynb #4637c1c1
 import argparse
 import importlib.util
 import os
@@ -26,12 +26,11 @@ from .bench.experiments import EXPERIMENTS, GROUPS, register_demo, report, train
 from nsgf_nb.bench.image_experiments import (
     IMAGE_EXPERIMENTS,
     load_model,
-    measure_images,
     report_images,
-    sample_images,
     save_sheet,
     train_images,
 )
+from .bench.image_quality import measure_images, sample_images
 from nsgf_nb.bench.own_data import (
     class_named,
     evaluate_file,

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .data import Batches, as_points
 
-# %% ../nbs/15b_conditions.ipynb #15b-007
+# %% ../nbs/15b_conditions.ipynb #71affcf3
 class Classes:
     "The values of a condition, and the shares that they have in the data."
 
@@ -75,6 +75,14 @@ class Classes:
         generator = torch.Generator().manual_seed(seed)
         shares = torch.tensor(self.shares)
         return torch.multinomial(shares, n, replacement=True, generator=generator)
+
+    def some(
+        self,
+        n: int,
+        seed: int = 0,
+    ) -> numpy.ndarray:  # values (n,)
+        "The same, as values."
+        return numpy.array(self.values)[self.draw(n, seed).numpy()]
 
     def _shown(self):
         shown = ", ".join(map(repr, self.values[:10]))

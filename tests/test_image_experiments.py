@@ -18,11 +18,10 @@ from nsgf_nb.bench.image_experiments import (
     METHODS,
     ImageExperiment,
     load_model,
-    measure_images,
     run_images,
-    sample_images,
     save_sheet,
 )
+from nsgf_nb.bench.image_quality import measure_images, sample_images
 from nsgf_nb.files import pretrained_path
 from nsgf_nb.flow_matching import FlowMatching, FlowMatchingConfig
 from nsgf_nb.image_metrics import nearest_image
