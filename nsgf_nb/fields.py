@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FieldConfig', 'VelocityModel', 'rows_per_call']
 
-# %% ../nbs/06f_fields.ipynb #06f-004
+# %% ../nbs/06f_fields.ipynb #058908a2
 import math
 import time
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .conditions import flagged
 from .data import PairSampler, as_frame, as_points, as_sampler, check_sample
 from .flow import INTEGRATORS, integrate
 from .likelihood import euler_log_prob, flow_log_prob, reversed_field
@@ -21,7 +22,7 @@ from .semidiscrete import SemidiscretePlan, population_pairs
 from .settings import DensityScores, as_seed, setting
 from .training import Loop, TrainConfig, seeded
 
-# %% ../nbs/06f_fields.ipynb #06f-007
+# %% ../nbs/06f_fields.ipynb #bdf7c233
 @dataclass(frozen=True)
 class FieldConfig(TrainConfig):
     "Settings of a model whose network is a velocity field."
@@ -37,12 +38,11 @@ class VelocityModel(Model, DensityScores):
         self,
         x: Tensor,  # samples (B, *shape), in the data's unit
         t,  # times in [0, 1], (B,) or a number
-        condition=None,  # of a model with classes: one class, or one for each sample (B,)
+        condition=None,  # of a model with conditions: one, or one for each sample (B,)
     ) -> Tensor:  # dx/dt, like x
         "The learned field in the data's unit. It can be differentiated in x."
-        labels = self._labels(condition, len(x))
-        inputs = () if labels is None else (labels,)
-        v = self.require_net()(self.standardizer.to_model(x), t, *inputs)
+        given = self._given(condition, len(x))
+        v = self.require_net()(self.standardizer.to_model(x), t, *given)
         return self.standardizer.velocity_to_data(v).to(x)
 
     def fit_plan(
@@ -83,8 +83,8 @@ class VelocityModel(Model, DensityScores):
         t_start=0.,  # … and at these times, (n,) or a number
         return_nfe: bool = False,  # also return the network calls of each sample (n,)?
         random_state=None,  # scikit-learn's word for `seed`: an integer or a NumPy generator
-        condition=None,  # one class, or one for each sample (n,); None: as often as in the data
-        guidance: float = 1.,  # above 1, towards the class, after training with `drop_condition`
+        condition=None,  # one, or one for each sample; None: classes as often as in the data
+        guidance: float = 1.,  # above 1, towards it, after training with `drop_condition`
         **options,  # method, step_size, time_power, times, tol of `integrate`; else the config's
     ) -> Tensor:  # (n, *shape), or (steps+1, n, *shape), in the data's unit
         "Draw from the source and integrate the field to time 1 (Algorithm 2)."
@@ -95,9 +95,9 @@ class VelocityModel(Model, DensityScores):
         options = dict(method=c.sample_method, time_power=c.time_power) | options
         z = self._starts(n, seed, x0)
         t_start = torch.as_tensor(t_start, dtype=torch.float32, device=z.device).expand(len(z))
-        labels = self._labels(condition, len(z), seed)
+        given = self._given(condition, len(z), seed)
         states, nfe, order = [], [], []
-        for rows, v in self._fields(len(z), labels, guidance):
+        for rows, v in self._fields(len(z), given, guidance):
             ends, calls = integrate(v, z[rows], steps, t_start=t_start[rows],
                                     trajectory=trajectory, **options)
             states.append(ends)
@@ -110,39 +110,44 @@ class VelocityModel(Model, DensityScores):
             return x, torch.cat(nfe)[back]*(2 if guidance != 1 else 1)
         return x
 
-    def _labels(self, condition, n, seed=None):
-        "Indices of the classes of n samples; None for a model without; drawn, with a seed."
-        if self.classes is None:
+    def _given(self, condition, n, seed=None) -> list:  # of tensors (n, …), for the network
+        "The condition of n samples; with a seed, classes may be drawn."
+        if self.conditions is None:
             if condition is not None:
-                raise ValueError("condition must be None: this model was trained without classes")
-            return None
+                raise ValueError("condition must be None: this model was trained without one")
+            return []
         if condition is None and seed is None:
-            raise ValueError("condition must be given: this model was trained with classes")
+            raise ValueError("condition must be given: this model was trained with one")
         if condition is None:
-            return self.classes.draw(n, seed).to(self.device)
-        return self.classes.indices(condition, n).to(self.device)
+            condition = self.conditions.some(n, seed)
+        classes, numbers = self.conditions.read(condition, n)
+        given = [] if classes is None else [classes]
+        given += [] if numbers is None else [flagged(numbers)]
+        return [tensor.to(self.device) for tensor in given]
 
-    def _fields(self, n, labels, guidance=1., share=1):
-        "Rows of n samples, few enough for one call and of one class, and their field v(x, t)."
+    def _fields(self, n, given, guidance=1., share=1):
+        "Rows of n samples, few enough for one call, and their field v(x, t)."
         net = self.require_net()
         most = max(1, rows_per_call(self.config, self.standardizer.model_shape, self.device)//share)
-        if guidance != 1 and (labels is None or not self.config.drop_condition):
+        if guidance != 1 and not (given and self.config.drop_condition):
             raise ValueError(f"guidance must be 1, got {guidance}: it is for a model that was "
-                             f"trained with classes and drop_condition above 0")
-        if labels is None:
-            for rows in torch.arange(n, device=self.device).split(most):
-                yield rows, net
-            return
-        for k in labels.unique().tolist():
-            for rows in (labels == k).nonzero()[:, 0].split(most):
-                yield rows, _field_of_class(net, k, len(self.classes), guidance)
+                             f"trained with a condition and drop_condition above 0")
+        for rows in torch.arange(n, device=self.device).split(most):
+            own = [tensor[rows] for tensor in given]
+            yield rows, _field_given(net, own, self._dropped(own), guidance) if given else net
+
+    def _dropped(self, given):
+        "What the network gets in place of a condition that is dropped."
+        of_class = torch.full_like(given[0], len(self.classes)) if self.classes else None
+        return [torch.zeros_like(tensor) if tensor.is_floating_point() else of_class
+                for tensor in given]
 
     def encode(
         self,
         x,  # samples (n, *shape), in the data's unit
         steps: int = 100,
         method: str = "rk4",  # as in `integrate`
-        condition=None,  # of a model with classes: one class, or one for each sample (n,)
+        condition=None,  # of a model with conditions: one, or one for each sample
     ) -> Tensor:  # points of the source (n, *shape), in the model's unit: N(0, I)
         "Where the flow that ends at `x` began. `decode` leads back."
         return self._follow(self.to_model(x), steps, method, condition, backwards=True)
@@ -152,7 +157,7 @@ class VelocityModel(Model, DensityScores):
         z: Tensor,  # points of the source (n, *shape), in the model's unit
         steps: int = 100,
         method: str = "rk4",  # as in `integrate`
-        condition=None,  # of a model with classes: one class, or one for each sample (n,)
+        condition=None,  # of a model with conditions: one, or one for each sample
     ) -> Tensor:  # (n, *shape), in the data's unit
         "Where the flow that begins at `z` ends."
         z = check_sample("z", as_points(z, "z").float(), self.require_shape())
@@ -161,7 +166,7 @@ class VelocityModel(Model, DensityScores):
 
     def _follow(self, z, steps, method, condition, backwards=False):
         ends = torch.empty_like(z)
-        for rows, v in self._fields(len(z), self._labels(condition, len(z))):
+        for rows, v in self._fields(len(z), self._given(condition, len(z))):
             v = reversed_field(v) if backwards else v
             ends[rows], _ = integrate(v, z[rows], steps, method)
         return ends
@@ -174,7 +179,7 @@ class VelocityModel(Model, DensityScores):
         probes: int = None,  # of Hutchinson's estimate; None: exact (0) up to 32 dimensions, then 4
         seed: int = 0,  # of the probes
         return_error: bool = False,  # also return the standard errors of Hutchinson's estimate?
-        condition=None,  # of a model with classes: one class, or one for each sample (n,)
+        condition=None,  # of a model with conditions: one, or one for each sample
     ) -> Tensor:  # log-densities (n,), per unit of the data, over the columns that vary
         "How likely are these samples? Needs the normal source."
         if self.source != "normal":
@@ -185,7 +190,7 @@ class VelocityModel(Model, DensityScores):
         if probes is None:
             probes = 0 if math.prod(self.standardizer.model_shape) <= 32 else 4
         log_probs, errors = z.new_zeros(len(z)), z.new_zeros(len(z))
-        for rows, v in self._fields(len(z), self._labels(condition, len(z)), share=4):
+        for rows, v in self._fields(len(z), self._given(condition, len(z)), share=4):
             if discrete:
                 log_probs[rows] = euler_log_prob(v, z[rows], None, steps or c.sample_steps,
                                                  c.time_power)
@@ -236,18 +241,18 @@ class VelocityModel(Model, DensityScores):
         with seeded(seed):
             return standardizer.to_model(as_sampler(self.given, generator, "source")(n))
 
-# %% ../nbs/06f_fields.ipynb #06f-008
-def _field_of_class(net, k, count, guidance):
-    "v(x, t) of class k of `count`; with guidance, beyond it, away from the field of no class."
-    def labels(x, value):
-        return torch.full((len(x),), value, device=x.device)
-
+# %% ../nbs/06f_fields.ipynb #ce6c6e7e
+def _field_given(net, given, dropped, guidance):
+    "v(x, t) of a condition; with guidance, beyond it, away from the field without a condition."
     def v(x, t):
-        with_class = net(x, t, labels(x, k))
+        if len(x) != len(given[0]):
+            raise ValueError("samples with conditions must take equal numbers of steps: give steps "
+                             "instead of step_size, or one t_start for all")
+        with_it = net(x, t, *given)
         if guidance == 1:
-            return with_class
-        without = net(x, t, labels(x, count))
-        return without + guidance*(with_class - without)
+            return with_it
+        without = net(x, t, *dropped)
+        return without + guidance*(with_it - without)
     return v
 
 def _side_by_side(parts):

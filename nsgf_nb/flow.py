@@ -204,7 +204,7 @@ def _euler_steps(eta, steps):
         return [1/(steps - k) for k in range(steps)]
     return _per_step("eta", eta, steps, at_most=1)
 
-# %% ../nbs/05_flow.ipynb #05-024
+# %% ../nbs/05_flow.ipynb #d2457a88
 def _rms_distance(x, y):
     "Root mean square distance of x (..., N, D) from the mean of y (..., M, D)."
     offset = x - y.mean(-2, keepdim=True)
@@ -219,7 +219,7 @@ def _check_bounded(x, y, bound, step):
             f"mean of the target, more than {bound:.3g}, four times the distance at the start; "
             "try a smaller eta or tol, or a larger blur")
 
-def _run_flows(states, y, schedule, self_term, **solver):
+def _run_flows(states, y, schedule, self_term, still, **solver):
     "Fill `states` (K+1, ..., N, D), whose first entry is set, by Euler steps of (blur, eta)."
     guess = None
     bound = 4*max(_rms_distance(states[0], y), _rms_distance(y, y)) + 1e-4*y.abs().max().item()
@@ -228,6 +228,8 @@ def _run_flows(states, y, schedule, self_term, **solver):
         batch = x.roll(1, -3) if self_term == "independent" else self_term
         v, (g, h) = velocity(
             x, y, blur, init=guess, self_term=batch, return_init=True, **solver)
+        if still:
+            v[..., -still:] = 0
         torch.add(x, v, alpha=eta, out=states[k + 1])
         _check_bounded(states[k + 1], y, bound, f"{k} (eta={eta:.3g}, blur={blur:.3g})")
         guess = ((1 - eta)*g, h) if self_term == "same" else None
@@ -241,7 +243,7 @@ def _check_flow_self_term(self_term, shape):
         raise ValueError("self_term='independent' needs at least 2 flows (..., B, n, D), "
                          f"got {tuple(shape)}")
 
-# %% ../nbs/05_flow.ipynb #05-027
+# %% ../nbs/05_flow.ipynb #8d2e4e44
 @torch.no_grad()
 def particle_flow(
     x: Tensor,  # particles (..., N, D), each leading index a flow of its own
@@ -252,6 +254,7 @@ def particle_flow(
     tol: float = 1e-2,  # L1 marginal error of each solve
     max_iter: int = 2000,  # iterations of each solve, with a warning where they do not suffice
     self_term: str = "same",  # as in `velocity`; "independent": the particles of the next flow
+    still: int = 0,  # last coordinates that do not move, such as a condition's
 ) -> Tensor:  # all states (steps+1, ..., N, D)
     "Euler steps x ← x + η·v(x) of the Wasserstein gradient flow of S_ε(·, y)."
     _check_steps(steps)
@@ -265,17 +268,17 @@ def particle_flow(
     states[0] = x
     solver = dict(tol=tol, max_iter=max_iter, workspace=Workspace())
     if self_term == "independent":
-        _run_flows(states, y, schedule, self_term, **solver)
+        _run_flows(states, y, schedule, self_term, still, **solver)
         return states
     flows = states.view(steps + 1, -1, *x.shape[-2:])
     targets = y.expand(*lead, *y.shape[-2:]).reshape(-1, *y.shape[-2:])
     size = problems_per_slice(x, y)
     for i in range(0, len(targets), size):
         part = slice(i, i + size)
-        _run_flows(flows[:, part], targets[part], schedule, self_term, **solver)
+        _run_flows(flows[:, part], targets[part], schedule, self_term, still, **solver)
     return states
 
-# %% ../nbs/05_flow.ipynb #05-037
+# %% ../nbs/05_flow.ipynb #99798248
 @dataclass(frozen=True)
 class FlowSettings:
     "How minibatch flows run; the arguments are those of `particle_flow`."
@@ -284,6 +287,7 @@ class FlowSettings:
     eta: float | tuple | None = None  # Euler step, likewise; 1/(K − k) where None
     tol: float = 1e-2  # L1 marginal error of each solve
     self_term: str = "same"  # "same", "masked" or "independent"
+    still: int = 0  # last coordinates that do not move
 
     def run(
         self,
@@ -295,7 +299,7 @@ class FlowSettings:
             raise ValueError("x and y must be of shapes (B, n, *shape) and (B, m, *shape), "
                              f"got {tuple(x.shape)} and {tuple(y.shape)}")
         states = particle_flow(x.flatten(2), y.flatten(2), self.blur, self.eta, self.steps,
-                               self.tol, self_term=self.self_term)
+                               self.tol, self_term=self.self_term, still=self.still)
         return states.unflatten(-1, x.shape[2:])
 
 # %% ../nbs/05_flow.ipynb #05-039

@@ -6,7 +6,7 @@
 __all__ = ['PATHS', 'COUPLINGS', 'straight_path', 'trigonometric_path', 'ot_partners', 'entropic_partners', 'FlowMatchingConfig',
            'FlowMatching', 'random_times', 'reflow']
 
-# %% ../nbs/09_flow_matching.ipynb #09-004
+# %% ../nbs/09_flow_matching.ipynb #a8d99c29
 import math
 import time
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .conditions import keep_still
 from .data import Batches, PairPool
 from .fields import FieldConfig, VelocityModel, rows_per_call
 from .flow import beside, integrate
@@ -99,7 +100,7 @@ class FlowMatchingConfig(FieldConfig):
     ode_steps: int = setting(16, at_least=1)  # of "reflow": Heun steps, two network calls each
     pool_size: int = setting(0, at_least=0)  # pairs made before the training; 0: fresh pairs
 
-# %% ../nbs/09_flow_matching.ipynb #09-020
+# %% ../nbs/09_flow_matching.ipynb #48f1b384
 class FlowMatching(VelocityModel):
     "Regression on the velocity of chosen paths between coupled pairs (Lipman et al. 2023)."
     Config = FlowMatchingConfig
@@ -113,7 +114,7 @@ class FlowMatching(VelocityModel):
         loop: Loop = None,  # runs the trainer; None: `Loop()`, without checkpoints
         teacher: VelocityModel = None,  # of coupling="reflow": a flow with the same network
         plan: SemidiscretePlan = None,  # of coupling="population": from `fit_plan`; None: made now
-        condition=None,  # classes of the rows, integers or words (N,): a flow for each
+        condition=None,  # of each row: classes (N,), numbers (N, k), or a dict of such columns
     ):  # the model itself
         "Learn from `source` to `data`. After Ctrl-C the model keeps what it has learned."
         if (self.config.coupling == "reflow") != (teacher is not None):
@@ -124,8 +125,8 @@ class FlowMatching(VelocityModel):
         self.teacher = teacher
         return super().fit(data, source, progress, loop, condition, teacher=teacher, plan=plan)
 
-    def make_network(self, shape, classes=0):
-        net = super().make_network(shape, classes)
+    def make_network(self, shape, **inputs):
+        net = super().make_network(shape, **inputs)
         if self.teacher is not None:
             net.load_state_dict(self.teacher.require_net().state_dict())
         return net
@@ -153,7 +154,8 @@ class FlowMatching(VelocityModel):
         "(x_t, t, velocity) on the paths between coupled pairs."
         c = self.config
         check_plan(plan, c.coupling, sampler.shape)
-        pairs = self.couple(sampler, teacher, plan, progress)
+        pairs = keep_still(self.couple(sampler, teacher, plan, progress), sampler.still,
+                           of_data=c.coupling == "independent")
         if c.pool_size:
             start = time.perf_counter()
             per_call = c.minibatch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Model']
 
-# %% ../nbs/06e_models.ipynb #06e-004
+# %% ../nbs/06e_models.ipynb #65c3b49e
 import json
 import math
 import warnings
@@ -14,12 +14,8 @@ from dataclasses import asdict, fields, replace
 import torch
 from tqdm.auto import tqdm
 
-from .conditions import Classes, Condition, class_sizes, labelled_batches
-from nsgf_nb.data import (
-    PairSampler,
-    Standardizer,
-    column_names,
-)
+from .conditions import Condition, Conditions, class_sizes, joined_batches
+from .data import PairSampler, Standardizer, column_names
 from nsgf_nb.files import (
     Pretrained,
     load_tensors,
@@ -38,7 +34,7 @@ from nsgf_nb.training import (
     training_steps,
 )
 
-# %% ../nbs/06e_models.ipynb #06e-006
+# %% ../nbs/06e_models.ipynb #f26d6c4e
 class Model(Configurable, Pretrained):
     "A network that is trained on data; subclasses say from which batches."
     Config = TrainConfig
@@ -60,7 +56,7 @@ class Model(Configurable, Pretrained):
         self.net = None  # set by fit and load, like the next two
         self.standardizer = None
         self.columns = None  # names of the data's columns, if it came as a DataFrame
-        self.classes = None  # of the condition, if there was one
+        self.conditions = None  # what `condition` may be, if there was one
         self.source = "normal"  # or "given"
         self.given = None  # what came to fit as its source
         self.losses = None  # of every training step (steps,)
@@ -95,9 +91,14 @@ class Model(Configurable, Pretrained):
             raise AttributeError(f"{type(self).__name__} was not fitted to a table")
         return self.standardizer.shape[0]
 
-    def make_network(self, shape, classes=0):
-        "A fresh network for samples of this shape; with `classes`, for as many labels."
-        return make_network(self.config, shape, classes)
+    @property
+    def classes(self):
+        "The classes of the condition; None without."
+        return None if self.conditions is None else self.conditions.classes
+
+    def make_network(self, shape, **inputs):
+        "A fresh network for samples of this shape, and for the inputs of a condition."
+        return make_network(self.config, shape, **inputs)
 
     def make_batches(self, sampler, progress):
         "An iterator of the batches to learn from, in the model's unit."
@@ -106,38 +107,38 @@ class Model(Configurable, Pretrained):
     def make_trainer(self, sampler, progress, steps_remain=True, condition=None, **options):
         "The trainer of a fresh network; it needs no batches if no steps remain."
         c = self.config
-        labels = 0 if condition is None else len(condition.classes) + 1  # one for a dropped class
-        net = self.make_network(sampler.shape, labels).to(self.device, torch.float32)
+        inputs = {} if condition is None else condition.kinds.inputs
+        net = self.make_network(sampler.shape, **inputs).to(self.device, torch.float32)
         batches = ()
         if steps_remain and condition is None:
             batches = self.make_batches(sampler, progress, **options)
         elif steps_remain:
-            batches = self._labelled_batches(sampler, condition, progress, options)
+            batches = self._conditional_batches(sampler, condition, progress, options)
         graph = c.graph and self.device.type == "cuda"
         return Trainer(net, batches, training_steps(c, sampler.rows), c.lr, c.ema, c.clip, c.bf16,
                        c.compile and steps_remain, graph)
 
-    def _labelled_batches(self, sampler, condition, progress, options):
+    def _conditional_batches(self, sampler, condition, progress, options):
         "Batches of all classes, each made by a model of its own settings for one class."
         c = self.config
         for name in ("pool", "plan"):
             if options.get(name) is not None:
                 raise ValueError(f"{name} must be None where condition is given: each class has "
                                  f"its own")
+        classes = condition.kinds.classes
+        shares = [1.] if classes is None else classes.shares
         parts = []
-        sizes = class_sizes(condition.classes.shares, c.batch_size)
-        for k, (rows, size) in enumerate(zip(condition.rows, sizes)):
+        sizes = class_sizes(shares, c.batch_size)
+        for k, (part, share, size) in enumerate(zip(condition.parts, shares, sizes)):
             settings = dict(batch_size=size, seed=c.seed + 1000*k)
             if hasattr(c, "pool_size"):
-                settings["pool_size"] = math.ceil(c.pool_size*condition.classes.shares[k])
-            part = type(self)(replace(c, **settings), self.device)
-            of_class = PairSampler(rows, condition.source, part.config, self.device,
-                                   sampler.standardizer)
-            parts.append(part.make_batches(of_class, progress, **options))
-            for phase, seconds in part.seconds.items():
+                settings["pool_size"] = math.ceil(c.pool_size*share)
+            model = type(self)(replace(c, **settings), self.device)
+            parts.append(part.batches(model, sampler.standardizer, progress, options))
+            for phase, seconds in model.seconds.items():
                 self.seconds[phase] = self.seconds.get(phase, 0.) + seconds
         generator = torch.Generator().manual_seed(c.seed)
-        return labelled_batches(parts, c.drop_condition, generator)
+        return joined_batches(parts, c.drop_condition, generator, classes is not None)
 
     def fit(
         self,
@@ -145,7 +146,7 @@ class Model(Configurable, Pretrained):
         source=None,  # the same, for the source; None: N(0, I) in the model's unit
         progress: bool = True,  # show bars, and a line with the times?
         loop: Loop = None,  # runs the trainer; None: `Loop()`, without checkpoints
-        condition=None,  # classes of the rows, integers or words (N,): a flow for each
+        condition=None,  # of each row: classes (N,), numbers (N, k), or a dict of such columns
         **options,  # of the method, for `make_batches`
     ):  # the model itself
         "Learn from `source` to `data`. After Ctrl-C the model keeps what it has learned."
@@ -162,14 +163,16 @@ class Model(Configurable, Pretrained):
             steps_remain = loop.steps_done() < training_steps(config, sampler.rows)
             given = None
             if condition is not None:
-                given = Condition.of(data, condition, source)
+                given = condition
+                if not isinstance(condition, Condition):
+                    given = Condition.of(data, condition, source)
                 options["condition"] = given
             trainer = self.make_trainer(sampler, progress, steps_remain, **options)
             trainer.settings = self._identity(sampler, source, given)
             trainer.phases = self.seconds
             result = loop(trainer, progress)
         self._keep(result, sampler, source)
-        self.classes = None if given is None else given.classes
+        self.conditions = None if given is None else given.kinds
         self.columns = column_names(data)
         if progress:
             tqdm.write(self._summary())
@@ -186,7 +189,7 @@ class Model(Configurable, Pretrained):
         identity = dict(model=type(self).__name__, data=data,
                         source="normal" if source is None else "given", **asdict(self.config))
         if condition is not None:
-            identity["classes"] = vars(condition.classes)
+            identity["conditions"] = condition.kinds.describe()
         return json.loads(json.dumps(identity))
 
     def _keep(self, result, sampler, source):
@@ -237,8 +240,8 @@ class Model(Configurable, Pretrained):
                      shape=list(self.standardizer.shape), source=self.source)
         if self.columns:
             about["columns"] = self.columns
-        if self.classes:
-            about["classes"] = vars(self.classes)
+        if self.conditions is not None:
+            about["conditions"] = self.conditions.describe()
         return tensors, about
 
     @classmethod
@@ -251,10 +254,12 @@ class Model(Configurable, Pretrained):
             model = cls(cls.Config(**about["config"]), device=device)
             _check_tensors(tensors, about, model.config)
             standardizer = Standardizer(tensors["mean"], tensors["scale"])
-            classes = Classes(**about["classes"]) if "classes" in about else None
-            labels = 0 if classes is None else len(classes) + 1
+            conditions = None
+            if "conditions" in about:
+                conditions = Conditions.from_description(about["conditions"])
+            inputs = {} if conditions is None else conditions.inputs
             with torch.device("meta"):  # no memory before the shapes agree
-                net = model.make_network(standardizer.model_shape, labels)
+                net = model.make_network(standardizer.model_shape, **inputs)
             weights = {name: w.to(torch.float32, copy=True)  # aligned memory, for the same bits
                        for name, w in without_prefix("net", tensors).items()}
             net.load_state_dict(weights, assign=True)
@@ -265,7 +270,7 @@ class Model(Configurable, Pretrained):
         model.net = net.requires_grad_(False).eval()
         model.source = about["source"]
         model.columns = about.get("columns")
-        model.classes = classes
+        model.conditions = conditions
         model.standardizer = standardizer.to(model.device)
         return model
 

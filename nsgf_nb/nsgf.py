@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['NSGFConfig', 'NSGF']
 
-# %% ../nbs/07_nsgf.ipynb #07-004
+# %% ../nbs/07_nsgf.ipynb #0c1dbed7
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from .conditions import keep_still
 from .data import Batches, PairPool
 from .fields import FieldConfig, VelocityModel
 from .flow import FlowSettings, PoolRecipe, TrajectoryPool, beside, visited_times
 from .semidiscrete import check_plan
 from .settings import setting
 
-# %% ../nbs/07_nsgf.ipynb #07-007
+# %% ../nbs/07_nsgf.ipynb #9175e22b
 @dataclass(frozen=True)
 class NSGFConfig(FieldConfig):
     "Settings of an `NSGF` run."
@@ -47,7 +48,8 @@ class NSGF(VelocityModel):
         blur = c.blur
         if c.blur_unit == "data":
             if standardizer.scale.ndim:
-                raise ValueError("blur_unit='data' needs one unit for all columns: scale='global'")
+                raise ValueError("blur_unit='data' needs one unit for all columns, so "
+                                 "scale='global' and no numbers as condition")
             blur = c.blur/standardizer.scale.item()
         etas = tuple(1/(c.pool_steps/c.t_end - k) for k in range(c.pool_steps))
         return FlowSettings(c.pool_steps, blur, etas, c.tol, c.self_term)
@@ -60,8 +62,9 @@ class NSGF(VelocityModel):
             return self._population_batches(sampler, progress, plan)
         start = time.perf_counter()
         pool = TrajectoryPool() if pool is None else pool
+        flow = replace(self.flow_settings(sampler.standardizer), still=sampler.still)
         recipe = PoolRecipe(
-            shape=sampler.shape, flow=self.flow_settings(sampler.standardizer),
+            shape=sampler.shape, flow=flow,
             pairs=c.pool_size, minibatch=c.minibatch, memory_mb=c.pool_mb, seed=c.seed,
             about=dict(data=sampler.standardizer.fingerprint, flip=c.flip))
         pool.build(recipe, sampler, self.device, progress)
@@ -75,7 +78,7 @@ class NSGF(VelocityModel):
     def _population_batches(self, sampler, progress, plan):
         "Random points of the straight paths to the partners in the whole data set."
         c = self.config
-        pairs = self.population_pairs(sampler, plan, progress)
+        pairs = keep_still(self.population_pairs(sampler, plan, progress), sampler.still)
         start = time.perf_counter()
         size = min(c.pool_size, c.pool_mb*2**18//(2*math.prod(sampler.shape)))
         generator = torch.Generator(self.device).manual_seed(c.seed)

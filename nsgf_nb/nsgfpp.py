@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['SINKHORN', 'PREDICTOR', 'STRAIGHT', 'PARTS', 'HANDOVERS', 'TimePredictor', 'check_images', 'NSGFPlusPlus']
 
-# %% ../nbs/12_nsgfpp.ipynb #12-006
+# %% ../nbs/12_nsgfpp.ipynb #1ce24a8c
 from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from .conditions import Condition, rows_of_condition
 from .data import Batches, as_points, as_sampler
 from nsgf_nb.files import (
     Pretrained,
@@ -27,11 +28,11 @@ from .settings import Configurable, replace_settings
 from .training import TrainConfig, find_device, seeded
 from .unet import TimeNet
 
-# %% ../nbs/12_nsgfpp.ipynb #12-009
+# %% ../nbs/12_nsgfpp.ipynb #baa42396
 class TimePredictor(Model):
     "The time t of a state between noise and data, from the state alone (Algorithm 3, t_φ)."
 
-    def make_network(self, shape, classes=0):
+    def make_network(self, shape, **inputs):
         return TimeNet(shape, self.config.channels)
 
     def make_batches(self, sampler, progress):
@@ -90,7 +91,7 @@ def check_images(
                          f"{x.max():.4g}; bytes go in as x.float()/127.5 - 1")
     return data
 
-# %% ../nbs/12_nsgfpp.ipynb #12-014
+# %% ../nbs/12_nsgfpp.ipynb #2cfde555
 class NSGFPlusPlus(Configurable, Pretrained):
     "NSGF++ (Algorithm 3): `NSGFPlusPlus().fit(images).sample(n)`."
 
@@ -161,11 +162,10 @@ class NSGFPlusPlus(Configurable, Pretrained):
         parts=None,  # names of the parts to train; None: all
         progress: bool = True,  # show bars, and lines with the times?
         loops: dict = None,  # name of a part -> what runs its trainer; None: `Loop()` for all
+        condition=None,  # of each row: classes (N,), numbers (N, k), or a dict of such columns
         **sinkhorn_options,  # pool or plan, as for `NSGF.fit`
     ):  # the model itself
         "Train the parts, one after the other."
-        if "condition" in sinkhorn_options:
-            raise TypeError("NSGF++ takes no condition; NSGF and FlowMatching do")
         parts = list(self.parts) if parts is None else parts
         parts = [parts] if isinstance(parts, str) else list(parts)
         for name in parts:
@@ -174,16 +174,41 @@ class NSGFPlusPlus(Configurable, Pretrained):
         data = check_images(data, self.sinkhorn.config.seed)
         for name in parts:
             options = dict(sinkhorn_options) if name == "sinkhorn" else {}
+            if name != "predictor":  # it knows the time from the state alone
+                options["condition"] = condition
             if name == "straight" and self.handover == "flow":
-                options["source"] = self.deliver()
+                options |= self._start_of_straight(data, condition)
             loop = (loops or {}).get(name)
             self.parts[name].fit(data, progress=progress, loop=loop, **options)
         return self
 
-    def deliver(self) -> Tensor:  # states (delivered, C, H, W), in the data's unit
+    def _start_of_straight(self, data, condition):
+        "Source and condition of the straight flow: what the Sinkhorn flow delivers."
+        if condition is None:
+            return dict(source=self.deliver())
+        rows = torch.randint(len(data), (self.delivered,),
+                             generator=torch.Generator().manual_seed(self.sinkhorn.config.seed))
+        of_source = rows_of_condition(condition, rows)
+        source = self.deliver(of_source)
+        return dict(source=source, condition=Condition.of(data, condition, source, of_source))
+
+    def deliver(
+        self,
+        condition=None,  # of a model with conditions: of each state
+    ) -> Tensor:  # states (delivered, C, H, W), in the data's unit
         "Where the trained Sinkhorn flow ends, for the straight flow to start from."
         seed = 2_000_000 + self.sinkhorn.config.seed
-        return self.sinkhorn.sample(self.delivered, seed=seed)
+        return self.sinkhorn.sample(self.delivered, seed=seed, condition=condition)
+
+    @property
+    def conditions(self):
+        "What `condition` may be; None without."
+        return self.sinkhorn.conditions
+
+    @property
+    def classes(self):
+        "The classes of the condition; None without."
+        return self.sinkhorn.classes
 
     def sample(
         self,
@@ -195,16 +220,21 @@ class NSGFPlusPlus(Configurable, Pretrained):
         trajectory: bool = False,  # return all states instead of the last?
         return_nfe: bool = False,  # also return the network calls of each image (n,)?
         time_power: float = 2.,  # of the straight flow: above 1 its steps grow
+        condition=None,  # one, or one for each image; None: classes as often as in the data
+        guidance: float = 1.,  # above 1, towards it, after training with `drop_condition`
         **options,  # of the straight flow: method, step_size as in `integrate`
     ) -> Tensor:  # (n, C, H, W) in the data's unit, or (steps+1, n, C, H, W)
         "Sinkhorn steps from noise, the predicted time, the straight flow from there (Algorithm 3)."
+        if condition is None and self.conditions is not None:
+            condition = self.conditions.some(len(x0) if n is None else n, seed)
+        asked = dict(condition=condition, guidance=guidance, return_nfe=True)
         states, nfe_sinkhorn = self.sinkhorn.sample(n, sinkhorn_steps, seed, trajectory, x0,
-                                                    return_nfe=True)
+                                                    **asked)
         x = states[-1] if trajectory else states
         start = self.predictor(x) if self.handover == "paper" else 0.
         later, nfe_straight = self.straight.sample(
-            None, steps, trajectory=trajectory, x0=x, t_start=start, return_nfe=True,
-            time_power=time_power, **options)
+            None, steps, trajectory=trajectory, x0=x, t_start=start, time_power=time_power,
+            **asked, **options)
         images = torch.cat([states, later[1:]]) if trajectory else later
         if return_nfe:
             return images, nfe_sinkhorn + (self.handover == "paper") + nfe_straight

@@ -26,7 +26,7 @@ from .files import with_prefix, without_prefix
 from .mlp import MLP
 from .settings import check_settings, setting
 
-# %% ../nbs/06_training.ipynb #06-007
+# %% ../nbs/06_training.ipynb #1d89f53f
 @dataclass(frozen=True)
 class TrainConfig:
     "Settings of a network and its training. The paper's own are not known to us: all are chosen."
@@ -40,7 +40,8 @@ class TrainConfig:
     graph: bool = True  # on a GPU, replay the steps as a CUDA graph
     scale: str = setting("auto", choices=("auto", "feature", "global", "none"))  # of the data
     flip: bool = False  # mirror images of the data left to right at random
-    drop_condition: float = setting(0., at_least=0, below=1)  # share of states without a class
+    drop_condition: float = setting(0., at_least=0, below=1)  # share of states without one
+    condition_weight: float = setting(20., above=0)  # β of a condition's numbers in costs
     width: int = setting(192, at_least=1)  # of the MLP
     depth: int = setting(4, at_least=1)  # of the MLP, hidden layers
     channels: int = setting(0, at_least=0)  # of the UNet's first level; 0: the network is the MLP
@@ -54,18 +55,18 @@ class TrainConfig:
     def __post_init__(self):
         check_settings(self)
 
-# %% ../nbs/06_training.ipynb #06-010
+# %% ../nbs/06_training.ipynb #2c14adef
 def make_network(
     config: TrainConfig,
     shape: tuple,  # of one sample
-    classes: int = 0,  # of a label, the network's third argument; 0: it has none
+    **inputs: int,  # classes and numbers of a condition, as for `ConditionalNet`
 ) -> nn.Module:  # v(x, t)
     "The network that a config describes, with fresh weights."
     if config.channels == 0:
-        return MLP(shape, config.width, config.depth, classes=classes)
+        return MLP(shape, config.width, config.depth, **inputs)
     UNet = import_module("nsgf_nb.unet").UNet
     return UNet(shape, config.channels, config.mult, config.blocks, config.attention,
-                config.dropout, config.patch, classes)
+                config.dropout, config.patch, **inputs)
 
 def training_steps(
     config: TrainConfig,
@@ -136,16 +137,16 @@ def update_average(
         kept.copy_(current)
     average.n_averaged += 1
 
-# %% ../nbs/06_training.ipynb #06-014
+# %% ../nbs/06_training.ipynb #ec018adb
 def matching_loss(
     net,  # the field v(x, t)
     x: Tensor,  # states (B, *shape)
     t: Tensor,  # their times (B,)
     target: Tensor,  # velocities, like x
-    *label: Tensor,  # (B,), of a network with classes
+    *given: Tensor,  # condition, of a network with one
 ) -> Tensor:
     "Mean of ‖v(x, t) − target‖² over all entries (Algorithm 1)."
-    return (net(x, t, *label).float() - target).square().mean()
+    return (net(x, t, *given).float() - target).square().mean()
 
 # %% ../nbs/06_training.ipynb #06-015
 class Steps:

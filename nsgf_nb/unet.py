@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['ResBlock', 'Attention', 'UNet', 'TimeNet']
 
-# %% ../nbs/11_unet.ipynb #11-003
+# %% ../nbs/11_unet.ipynb #078607aa
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .mlp import ConditionalNet
 
 # %% ../nbs/11_unet.ipynb #11-007
 def _sinusoid(
@@ -194,8 +196,8 @@ def _check_batch(x, shape):
         expected = ", ".join(map(str, shape))
         raise ValueError(f"x must be of shape (B, {expected}), got {tuple(x.shape)}")
 
-# %% ../nbs/11_unet.ipynb #11-020
-class UNet(nn.Module):
+# %% ../nbs/11_unet.ipynb #4b839454
+class UNet(ConditionalNet):
     "A velocity field v(x, t) for images (Dhariwal and Nichol 2021); ValueError for a wrong size."
 
     def __init__(
@@ -208,13 +210,13 @@ class UNet(nn.Module):
         dropout: float = 0.,  # in every residual block
         patch: int = 1,  # side of the pixel blocks that are folded into channels
         classes: int = 0,  # number of classes of an optional label
+        numbers: int = 0,  # numbers of an optional condition
     ):
-        super().__init__()
+        super().__init__(4*channels, classes, numbers)
         _check_image_net(shape, channels, len(mult), patch)
         self.shape = tuple(shape)
         self.channels = channels
         self.patch = patch
-        self.classes = classes
         embedding = 4*channels
         widths = [channels*m for m in mult]
         heights = [shape[1]//patch//2**level for level in range(len(mult))]
@@ -223,8 +225,6 @@ class UNet(nn.Module):
 
         self.time = nn.Sequential(
             nn.Linear(channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
-        if classes:
-            self.label = nn.Embedding(classes, embedding)
         self.first = nn.Conv2d(folded, channels, 3, padding=1)
         self.down, skips = builder.down(channels)
         self.up = builder.up(skips)
@@ -233,27 +233,21 @@ class UNet(nn.Module):
         self.last = nn.Sequential(_group_norm(widths[0]), nn.SiLU(), to_pixels)
         self.to(memory_format=torch.channels_last)
 
-    def embed(self, t, label, size):
-        "Time and label of `size` images as one vector each, (size, 4·channels)."
-        if (label is not None) != (self.classes > 0):
-            raise ValueError(
-                f"label must be given to a network with classes, and to no other; "
-                f"this one has {self.classes} classes")
+    def embed(self, t, given, size):
+        "Time and condition of `size` images as one vector each, (size, 4·channels)."
         weight = self.first.weight
         t = torch.as_tensor(t, dtype=weight.dtype, device=weight.device).expand(size)
         e = self.time(_sinusoid(t, self.channels))
-        if label is not None:
-            e = e + self.label(label)
-        return F.silu(e)
+        return F.silu(e + self.embed_given(given))
 
     def forward(
         self,
         x: Tensor,  # images (B, C, H, W)
         t: Tensor,  # times in [0, 1], (B,) or a number
-        label: Tensor | None = None,  # (B,) int64, if the network has classes
+        *given: Tensor,  # as for `embed_given`, if the network has a condition
     ) -> Tensor:  # velocities, like x
         _check_batch(x, self.shape)
-        e = self.embed(t, label, len(x))
+        e = self.embed(t, given, len(x))
         h = F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last)
         h = self.first(h)
         skips = [h]

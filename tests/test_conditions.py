@@ -1,14 +1,16 @@
 """Flows within each class: what the classes may be, what is learned, what is refused."""
+import json
 import math
 
 import numpy
+import pandas
 import pytest
 import torch
 from torch.testing import assert_close
 from torch.utils.data import TensorDataset
 
 from nsgf_nb import NSGF, NSGFPlusPlus
-from nsgf_nb.conditions import Classes, class_sizes
+from nsgf_nb.conditions import Classes, Condition, Conditions, class_sizes
 from nsgf_nb.flow_matching import FlowMatching
 from nsgf_nb.runs.checkpoints import LongRun
 
@@ -34,46 +36,92 @@ def model(request):
     return make(**SMALL, **settings).fit(x, condition=words, progress=False)
 
 
-# ---- classes
+# ---- what a condition may be
 
 @pytest.mark.parametrize("condition, values", (
     ([3, 1, 3, 1], [1, 3]), (torch.tensor([3, 1, 3, 1]), [1, 3]), (["b", "a"]*2, ["a", "b"]),
-    (numpy.array([2., 0., 2., 0.]), [0, 2]), ([True, False]*2, [False, True]),
+    ([True, False]*2, [False, True]),
     (numpy.array(["y", "x", "y", "x"], dtype=object), ["x", "y"])))
 def test_integers_truth_values_and_words_are_classes(condition, values):
-    classes, indices = Classes.of(condition, 4)
-    assert classes.values == values and classes.shares == [.5, .5]
-    assert indices.tolist() == [1, 0, 1, 0]
-    assert classes.indices(values[1], 3).tolist() == [1, 1, 1]
-    assert classes.indices(condition).tolist() == [1, 0, 1, 0]
+    kinds, indices, numbers = Conditions.of(condition, 4)
+    assert kinds.classes.values == values and kinds.classes.shares == [.5, .5]
+    assert indices.tolist() == [1, 0, 1, 0] and numbers is None
+    assert kinds.read(values[1], 3)[0].tolist() == [1, 1, 1]
+    assert kinds.read(condition, 4)[0].tolist() == [1, 0, 1, 0]
+    assert kinds.inputs == dict(classes=3, numbers=0)
+
+
+@pytest.mark.parametrize("condition, k", (
+    ([.5, 1., 2., 3.5], 1), (numpy.array([2., 0., 2., 0.]), 1), (torch.rand(4, 3), 3),
+    (numpy.ones((4, 2), "float32"), 2)))
+def test_floats_are_numbers(condition, k):
+    kinds, indices, numbers = Conditions.of(condition, 4)
+    assert kinds.inputs == dict(classes=0, numbers=k) and indices is None
+    assert numbers.shape == (4, k) and numbers.mean(0).abs().max() < 1e-6
+    assert_close(kinds.read(condition, 4)[1], numbers)
+    one = [1.5]*k if k > 1 else 1.5
+    same = kinds.read(one, 4)[1]
+    assert same.shape == (4, k) and (same == same[0]).all()
+
+
+def test_several_columns_have_names():
+    table = pandas.DataFrame(dict(town=["a", "b", "a", "b"], old=[True, True, False, True],
+                                  size=[1., 2., 3., 4.]))
+    table.loc[len(table)] = ["a", True, 0.]
+    table.loc[len(table)] = ["a", False, 9.]
+    kinds, indices, numbers = Conditions.of(table, 6)
+    assert kinds.classes.values == [("a", False), ("a", True), ("b", True)]
+    assert indices.tolist() == [1, 2, 0, 2, 1, 0] and numbers.shape == (6, 1)
+    indices, numbers = kinds.read(dict(size=[3, 4], old=True, town="b"), 2)
+    assert indices.tolist() == [2, 2] and numbers[1] > numbers[0]
+    with pytest.raises(ValueError, match=r"condition must be among .*got \('b', False\)"):
+        kinds.read(dict(town="b", old=False, size=1.), 2)
+    with pytest.raises(ValueError, match="condition must be a dict of town, old, size, got a dict "
+                                         "of town"):
+        kinds.read(dict(town="b"), 2)
+    with pytest.raises(ValueError, match="a dict of town, old, size, got str"):
+        kinds.read("b", 2)
+    again = Conditions.from_description(json.loads(json.dumps(kinds.describe())))
+    assert again.describe() == kinds.describe() and again.classes.values == kinds.classes.values
+    drawn = Conditions.of(table[["town", "old"]], 6)[0].some(5)
+    assert set(drawn) == {"town", "old"} and len(drawn["old"]) == 5
 
 
 @pytest.mark.parametrize("condition, error, words", (
-    ([.5, 1., 2., 3.], TypeError, "condition.*classes.*fractions"),
-    ([[1, 2], [1, 2]], ValueError, r"condition.*vector.*\(2, 2\)"),
-    ([1, 2, 1], ValueError, "condition must have 4.*got 3"),
+    ([[1, 2]]*4, ValueError, r"condition must be one class or a vector of 4.*\(4, 2\)"),
+    ([1, 2, 1], ValueError, r"condition must have 4.*got shape \(3,\)"),
+    (3, ValueError, r"condition must have 4.*got shape \(\)"),
+    (dict(a=[1, 1, 2, 2], b=[1., 2.]), ValueError, r"b must have 4.*got shape \(2,\)"),
     ([1, 1, 1, 2], ValueError, "condition.*at least 2 rows.*1 of 2"),
+    ([1., 2., math.nan, 0.], ValueError, "condition must be finite"),
     (numpy.zeros(4, "M8[s]"), TypeError, "condition.*datetime64"),
 ))
-def test_what_are_no_classes(condition, error, words):
+def test_what_is_no_condition(condition, error, words):
     with pytest.raises(error, match=words):
-        Classes.of(condition, 4)
+        Conditions.of(condition, 4)
 
 
-def test_classes_that_were_not_seen():
-    classes = Classes([1, 2, 3], [.2, .3, .5])
+def test_conditions_of_another_kind():
+    classes, _, _ = Conditions.of([1, 2, 3]*2, 6)
     with pytest.raises(ValueError, match="condition must be among 1, 2, 3, got 7"):
-        classes.indices(7, 2)
-    with pytest.raises(ValueError, match="condition must be one class or 3 of them, got 2"):
-        classes.indices([1, 2], 3)
+        classes.read(7, 2)
+    with pytest.raises(ValueError, match=r"one class or a vector of 3, got shape \(2,\)"):
+        classes.read([1, 2], 3)
     with pytest.raises(ValueError, match=r"among 0, 1.*… \(40 in all\), got 'x'"):
-        Classes(range(40), [1/40]*40).indices("x")
+        Classes(range(40), [1/40]*40).indices(["x"])
+    numbers, _, _ = Conditions.of(torch.rand(6, 2), 6)
+    with pytest.raises(ValueError, match=r"of shape \(3, 2\), or \(2,\) for all.*got \(3,\)"):
+        numbers.read([1., 2., 3.], 3)
+    with pytest.raises(TypeError, match="condition must hold numbers, got words"):
+        numbers.read(["a", "b"], 2)
+    with pytest.raises(ValueError, match="condition must be given: .*numbers"):
+        numbers.some(3)
 
 
 def test_drawn_classes_are_as_frequent_as_in_the_data():
-    drawn = Classes(["a", "b"], [.2, .8]).draw(10_000, seed=1)
-    assert drawn.float().mean().item() == pytest.approx(.8, abs=.02)
-    assert torch.equal(drawn, Classes(["a", "b"], [.2, .8]).draw(10_000, seed=1))
+    drawn = Classes(["a", "b"], [.2, .8]).some(10_000, seed=1)
+    assert drawn.count("b")/10_000 == pytest.approx(.8, abs=.02)
+    assert drawn == Classes(["a", "b"], [.2, .8]).some(10_000, seed=1)
     assert class_sizes([.995, .005], 100) == [100, 1]
 
 
@@ -145,7 +193,7 @@ def test_a_stopped_training_is_resumed_to_the_same_bits(tmp_path):
         make.fit(x, condition=words, progress=False, loop=Stopped(tmp_path/"c"))
     resumed = make.fit(x, condition=words, progress=False, loop=LongRun(tmp_path/"c"))
     assert torch.equal(resumed.sample(9, condition="top"), whole)
-    with pytest.raises(ValueError, match="classes"):
+    with pytest.raises(ValueError, match="conditions"):
         make.fit(x, condition=["a", "b"]*45, progress=False, loop=LongRun(tmp_path/"c"))
 
 
@@ -181,7 +229,7 @@ def test_constant_columns_and_units():
 def test_a_model_without_classes_takes_no_condition():
     x, words = three_clusters(30)
     model = FlowMatching(**TINY).fit(x, progress=False)
-    with pytest.raises(ValueError, match="condition must be None.*without classes"):
+    with pytest.raises(ValueError, match="condition must be None.*without one"):
         model.sample(3, condition="top")
     for data in (TensorDataset(x), lambda n: torch.randn(n, 2)):
         with pytest.raises(TypeError, match="data must be an array.*condition"):
@@ -190,8 +238,124 @@ def test_a_model_without_classes_takes_no_condition():
         FlowMatching(**TINY, coupling="reflow").fit(x, condition=words, teacher=model)
     with pytest.raises(ValueError, match="plan must be None where condition is given"):
         NSGF(**TINY, coupling="population").fit(x, condition=words, progress=False, plan=3)
-    with pytest.raises(TypeError, match=r"NSGF\+\+ takes no condition"):
-        NSGFPlusPlus(**TINY).fit(x, condition=words)
     refitted = FlowMatching(**TINY).fit(x, condition=words, progress=False)
     assert refitted.fit(x, progress=False).classes is None and refitted.sample(2).shape == (2, 2)
     assert math.isfinite(model.sample(2).sum())
+
+
+# ---- numbers
+
+def on_a_line(n=4000):
+    "x = c + noise of deviation .3, beside a column that does not depend on c."
+    generator = torch.Generator().manual_seed(0)
+    c = torch.rand(n, generator=generator)*4 - 2
+    x = torch.randn(n, 2, generator=generator)*torch.tensor([.3, 1.])
+    return x + torch.stack([c, 0*c], 1), c
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def numbers_model(request):
+    x, c = on_a_line()
+    make, settings = KINDS[request.param]
+    more = dict(pool_size=2**13, minibatch=256) if settings else {}
+    return make(**SMALL | dict(train_steps=600) | settings | more).fit(x, condition=c, progress=False)
+
+
+def test_samples_follow_the_numbers(numbers_model):
+    for c in (-1.5, 0., 1.2):
+        x = numbers_model.sample(1000, condition=c)
+        assert_close(x.mean(0), torch.tensor([c, 0.]), atol=.15, rtol=0)
+        assert .2 < x[:, 0].std() < .45 and .8 < x[:, 1].std() < 1.2
+    c = torch.linspace(-1.5, 1.5, 500)
+    x, nfe = numbers_model.sample(500, condition=c, return_nfe=True)
+    assert numpy.corrcoef(x[:, 0], c)[0, 1] > .9 and (nfe == 10).all()
+
+
+def test_numbers_in_files_codes_and_densities(numbers_model, tmp_path):
+    numbers_model.save(tmp_path/"m.safetensors")
+    again = type(numbers_model).load(tmp_path/"m.safetensors", "cpu")
+    assert torch.equal(again.sample(20, condition=.5), numbers_model.sample(20, condition=.5))
+    x, c = on_a_line(50)
+    inside = again.log_prob(x, condition=c)
+    true = -((x[:, 0] - c)/.3).square()/2 - math.log(.3) - x[:, 1].square()/2 - math.log(2*math.pi)
+    assert (inside - true).abs().mean() < .6
+    elsewhere = again.log_prob(x, condition=c - 2*c.sign())
+    assert (inside - elsewhere).median() > 5
+    z = again.encode(x, condition=c)
+    assert_close(again.decode(z, condition=c), x, atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="condition must be given: .*numbers"):
+        again.sample(3)
+    with pytest.raises(ValueError, match="equal numbers of steps"):
+        again.sample(4, condition=0., t_start=torch.tensor([0., .3, .6, .9]), step_size=.1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_model_of_numbers_learns_from(kind):
+    "Numbers do not move; each particle keeps its own, and ends at data with nearly equal ones."
+    x, c = on_a_line(500)
+    make, settings = KINDS[kind]
+    model = make(**TINY | dict(batch_size=4000) | settings | dict(minibatch=256))
+    condition = Condition.of(x, c)
+    trainer = model.make_trainer(model_sampler(model, x), False, condition=condition)
+    states, t, velocity, given = next(trainer.batches)
+    assert states.shape == velocity.shape == (4000, 2) and given.shape == (4000, 2)
+    assert (given[:, 1] == 1).all() and given[:, 0].std().item() == pytest.approx(1, abs=.1)
+    ends = model_sampler(model, x).standardizer.to_data(states + (1 - t)[:, None]*velocity)
+    own = given[:, 0]*condition.kinds.numbers.scale + condition.kinds.numbers.mean
+    assert (ends[:, 0] - own).abs().mean() < .55
+
+
+def model_sampler(model, x):
+    from nsgf_nb.data import PairSampler
+    return PairSampler(x, None, model.config, model.device)
+
+
+def test_guidance_and_several_conditions_at_once():
+    x, c = on_a_line()
+    side = numpy.where(numpy.arange(len(x)) % 2, "up", "down")
+    x = x + torch.from_numpy(numpy.where(side == "up", 3., -3.))[:, None]*torch.tensor([0., 1.])
+    model = FlowMatching(**SMALL | dict(train_steps=600), drop_condition=.2)
+    model.fit(x.numpy(), condition=pandas.DataFrame(dict(side=side, c=c.numpy())), progress=False)
+    asked = dict(side="up", c=1.)
+    y = model.sample(500, condition=asked)
+    assert_close(y.mean(0), torch.tensor([1., 3.], dtype=y.dtype), atol=.3, rtol=0)
+    guided, nfe = model.sample(500, condition=asked, guidance=2., return_nfe=True)
+    assert guided[:, 1].mean() > y[:, 1].mean() and (nfe == 20).all()
+    assert model(x[:3], .5, dict(side=["up", "down", "up"], c=0.)).shape == (3, 2)
+
+
+def test_images_with_numbers_and_a_source_of_their_own():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(60, 1, 8, 8, generator=generator)*2 - 1
+    brightness = images.mean((1, 2, 3))
+    settings = dict(train_steps=3, batch_size=8, channels=4, mult=(1, 2), device="cpu")
+    for coupling in ("independent", "ot", "population"):
+        model = FlowMatching(**settings, coupling=coupling, pool_size=64)
+        model.fit(images, source=images.flip(0), condition=brightness, progress=False)
+        assert model.sample(5, condition=.1).shape == (5, 1, 8, 8)
+    with pytest.raises(ValueError, match="flip must be False"):
+        FlowMatching(**settings, flip=True).fit(images, condition=brightness, progress=False)
+
+
+# ---- NSGF++
+
+@pytest.mark.parametrize("handover", ("paper", "flow"))
+@pytest.mark.parametrize("kind", ("classes", "numbers"))
+def test_nsgfpp_takes_conditions(handover, kind, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    light = torch.arange(200) % 2 == 0
+    images = torch.rand(200, 1, 8, 8, generator=generator)*.4 - .7
+    images[light] += 1.
+    condition = light if kind == "classes" else images.mean((1, 2, 3))
+    settings = dict(train_steps=150, batch_size=32, channels=8, mult=(1, 2), pool_size=2**10,
+                    minibatch=64, device="cpu", ema=.9)
+    model = NSGFPlusPlus(**settings, handover=handover, delivered=256)
+    model.fit(images, condition=condition, progress=False)
+    asked = (True, False) if kind == "classes" else (.5, -.5)
+    means = [model.sample(32, condition=value).mean() for value in asked]
+    assert means[0] > .25 and means[1] < -.25
+    model.save(tmp_path/"m.safetensors")
+    again = NSGFPlusPlus.load(tmp_path/"m.safetensors", "cpu")
+    assert torch.equal(again.sample(8, condition=asked[0]), model.sample(8, condition=asked[0]))
+    if kind == "classes":
+        assert model.classes.values == [False, True] and model.sample(6).shape == (6, 1, 8, 8)

@@ -160,14 +160,14 @@ class StagedTrainer(Steps):
             self.trainer = self.stage_trainer()
             self.trainer.load_state_dict(without_prefix("trainer", state))
 
-# %% ../../nbs/43_gradient_flows.ipynb #43-012
+# %% ../../nbs/43_gradient_flows.ipynb #277fc558
 class StagedModel(VelocityModel):
     "A model whose field is a chain. Subclasses name the module of a stage, and its trainer."
     Config = StagedConfig
     Stage = None  # module of one stage, made from its dimension and the config
     Trainer = StagedTrainer
 
-    def make_network(self, shape, classes=0):
+    def make_network(self, shape, **inputs):
         "A chain of stages at rest."
         dimension = math.prod(shape)
         stages = [self.Stage(dimension, self.config) for _ in range(self.config.stages)]

@@ -133,7 +133,7 @@ for _base, _experiment in _EXPERIMENTS.items():
         _name = _base if _method == "nsgf" else f"{_base}-{_method}"
         IMAGE_EXPERIMENTS[_name] = replace(_experiment, method=_method)
 
-# %% ../../nbs/42_image_experiments.ipynb #1141e21a
+# %% ../../nbs/42_image_experiments.ipynb #677079e3
 def save_sheet(
     x: Tensor,  # images (n, C, H, W) in [-1, 1]
     path,  # picture file to write, .png
@@ -152,7 +152,7 @@ def _draw(experiment, model, data, folder, seed):
     name = METHODS[experiment.method]
     rows, columns, condition = 8, 8, {}
     if experiment.classes:  # a row for each
-        rows, columns = len(model.classes), 12
+        rows, columns = len(model.classes), 10
         condition = dict(condition=numpy.repeat(model.classes.values, columns))
     x = model.sample(rows*columns, seed=seed, **condition)  # by this process alone
     x = x.clamp(-1, 1).cpu()
