@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/50_cli.ipynb #4637c1c1
+# %% ../nbs/50_cli.ipynb #47cf8ff8
 import argparse
 import importlib.util
 import os
@@ -32,7 +32,7 @@ from nsgf_nb.bench.image_experiments import (
 )
 from .bench.image_quality import measure_images, sample_images
 from nsgf_nb.bench.own_data import (
-    class_named,
+    condition_from_words,
     evaluate_file,
     register_fit,
     sample_rows,
@@ -76,7 +76,7 @@ def _register_train(commands):
     add_device(parser)
     parser.set_defaults(call=_train)
 
-# %% ../nbs/50_cli.ipynb #50-008
+# %% ../nbs/50_cli.ipynb #266612bd
 def _target_of(path, target):
     "The target that a model was trained on: as given, or as the result.json beside it says."
     beside = Path(path).parent/"result.json"
@@ -107,13 +107,13 @@ def _sample(args):
         raise ValueError(f"{args.path} is not a model of images: it takes --steps instead of "
                          f"--nfe, and a .npy, .csv, .tsv or .parquet file for -o, got {out}")
     if rows:
-        x, labels = sample_rows(model, args.path, args.n, args.seed, args.steps, args.condition)
+        x, labels = sample_rows(model, args.n, args.seed, args.steps, args.condition)
         write_rows(x, table_of(args.path), out, labels)
         print(f"wrote {out}: {args.n:,} rows, seed {args.seed}")
         return
     target = _target_of(args.path, args.target)
     if target is None:
-        x, _ = sample_rows(model, args.path, args.n, args.seed, args.steps, args.condition)
+        x, _ = sample_rows(model, args.n, args.seed, args.steps, args.condition)
     else:
         x = draw(target, model, args.n, args.seed, args.steps)
     _save_array(x, out)
@@ -125,7 +125,7 @@ def _sample_images(args, model, out):
                          "calls of each")
     options = {}
     if args.condition is not None:
-        options["condition"] = class_named(model, args.condition)
+        options["condition"] = condition_from_words(model, args.condition)
     x = sample_images(model, args.n, args.nfe, args.seed, **options)
     if out.suffix == ".npy":
         _save_array(x, out)
@@ -166,7 +166,7 @@ def _evaluate_images(args, model):
     test = load_images(experiment.data, "test")
     print(report_images(dict(measured=measure_images(experiment, model, data, args.seed, test))))
 
-# %% ../nbs/50_cli.ipynb #50-010
+# %% ../nbs/50_cli.ipynb #f4c7dc5b
 def _register_sample(commands):
     words = "draw from a trained model into a .npy file, or images onto a sheet"
     parser = commands.add_parser("sample", help=words, description=words)
@@ -175,8 +175,9 @@ def _register_sample(commands):
     parser.add_argument("-o", "--output", default="samples.npy",
                         help="file to write: .npy, .csv, .tsv, .parquet, or .png for a sheet "
                              "of images (default: samples.npy)")
-    parser.add_argument("--condition", metavar="CLASS",
-                        help="of a model with classes (default: as often as in the data)")
+    parser.add_argument("--condition", action="append", metavar="VALUE",
+                        help="of a model with conditions: a value, or NAME=VALUE for each of "
+                             "several (default: classes as often as in the data)")
     parser.add_argument("--nfe", type=at_least_one,
                         help="of images: network calls for each (default: those of the training)")
     parser.add_argument("--steps", type=at_least_one,

@@ -75,7 +75,7 @@ class Classes:
         shown = ", ".join(map(repr, self.values[:10]))
         return shown if len(self) <= 10 else f"{shown}, … ({len(self)} in all)"
 
-# %% ../nbs/15b_conditions.ipynb #e28d531e
+# %% ../nbs/15b_conditions.ipynb #29123e1f
 def _as_array(value, name):
     "A NumPy array of integers, truth values, words or finite floats."
     array = value.cpu().numpy() if isinstance(value, Tensor) else numpy.asarray(value)
@@ -120,7 +120,7 @@ def rows_of_condition(
 ):  # a condition of m samples
     "These rows of a condition."
     given, named = _by_name(condition)
-    taken = {name: _as_array(value, name)[rows.numpy()] for name, value in given.items()}
+    taken = {name: _as_array(value, name)[rows.cpu().numpy()] for name, value in given.items()}
     return taken if named else taken["condition"]
 
 class Conditions:
@@ -190,6 +190,45 @@ class Conditions:
         words, numbers = self._parse(condition, n)
         return (None if words is None else self.classes.indices(words),
                 None if numbers is None else self.numbers.to_model(numbers))
+
+    def spread(
+        self,
+        condition,  # as for `sample`
+        n: int,
+    ):  # the same, with an entry for each sample
+        "A condition whose values stand for one sample each."
+        given, _ = _by_name(condition)
+        self._parse(condition, n)
+        whole = {name: _as_numbers(given[name], n, k, name).numpy() if k
+                 else numpy.array(_as_words(given[name], n, name))
+                 for name, k in self.columns.items()}
+        return whole if self.named else whole["condition"]
+
+    def value_of(
+        self,
+        name: str,  # of a column
+        word: str,  # as a user of a shell writes it
+    ):  # class or number
+        "The value that a word stands for. Raises `ValueError` for any other."
+        if self.columns[name]:
+            try:
+                return float(word)
+            except ValueError:
+                raise ValueError(f"{name} must be a number, got {word!r}") from None
+        place = [column for column, k in self.columns.items() if not k].index(name)
+        alone = not isinstance(self.classes.values[0], tuple)
+        values = {value if alone else value[place] for value in self.classes.values}
+        named = {str(value): value for value in sorted(values)}
+        if word not in named:
+            raise ValueError(f"{name} must be one of {', '.join(named)}, got {word!r}")
+        return named[word]
+
+    def summary(self) -> str:
+        "One line for people."
+        kinds = [f"{name} (numbers)" if k else f"{name} (classes)"
+                 for name, k in self.columns.items()]
+        count = "" if self.classes is None else f", {len(self.classes):,} classes in all"
+        return ", ".join(kinds) + count
 
     def some(
         self,
@@ -297,7 +336,7 @@ def keep_still(
 def _with_last(x, stays, k):
     return torch.cat([x[:, :-k], stays[:, -k:]], 1)
 
-# %% ../nbs/15b_conditions.ipynb #d1885bd4
+# %% ../nbs/15b_conditions.ipynb #08590bf0
 def flagged(
     numbers: Tensor,  # (n, k)
 ) -> Tensor:  # (n, k + 1)
@@ -308,8 +347,18 @@ def class_sizes(
     shares: list,  # of sum 1
     size: int,  # of the whole batch
 ) -> list:  # of each class, at least 1
-    "How many states of a batch belong to each class; their sum may differ a little from `size`."
-    return [max(1, round(share*size)) for share in shares]
+    "How many states of a batch belong to each class. Raises `ValueError` for too many classes."
+    if len(shares) > size:
+        raise ValueError(f"batch_size must be at least {len(shares)}, the number of classes, got "
+                         f"{size}")
+    sizes = [max(1, math.floor(share*size)) for share in shares]
+    while sum(sizes) != size:
+        missing = [share*size - own for share, own in zip(shares, sizes)]
+        if sum(sizes) < size:
+            sizes[missing.index(max(missing))] += 1
+        else:  # rare classes got one each
+            sizes[sizes.index(max(sizes))] -= 1
+    return sizes
 
 def without_numbers(
     batch: tuple,  # states (n, D + k), times (n,), velocities (n, D + k)

@@ -311,7 +311,7 @@ def _locate(name, split, root):
         f"{name}: no {split} images in {where}{failed}; put {_SET_FILES[name]} into a folder, "
         "and name that folder by root= or in the environment variable NSGF_NB_DATA")
 
-# %% ../nbs/10_images.ipynb #10-024
+# %% ../nbs/10_images.ipynb #bd926cd6
 def _check_images(x):
     "A user's tensor of images as float32; `TypeError` or `ValueError` with a remedy."
     remedy = "for bytes in 0..255, pass x.float()/127.5 - 1"
@@ -362,6 +362,13 @@ def _user_folder(name, split):
     if split == "test":
         raise FileNotFoundError(f"split 'test': {folder} has no test/ inside")
     return folder
+
+def class_names(
+    folder,  # of images in a subfolder for each class
+    split: str = "train",  # "train" or "test"
+) -> list:
+    "The names of the classes, in the order of the labels of `load_images`."
+    return [group.name for group in _group_by_class(_user_folder(folder, split))]
 
 def _check_arguments(name, split, size):
     if split not in ("train", "test"):

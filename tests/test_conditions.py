@@ -83,6 +83,13 @@ def test_several_columns_have_names():
         kinds.read("b", 2)
     again = Conditions.from_description(json.loads(json.dumps(kinds.describe())))
     assert again.describe() == kinds.describe() and again.classes.values == kinds.classes.values
+    whole = kinds.spread(dict(town="b", old=True, size=[1, 2]), 2)
+    assert whole["town"].tolist() == ["b", "b"] and whole["size"].tolist() == [[1], [2]]
+    assert kinds.value_of("old", "True") is True and kinds.value_of("size", "2.5") == 2.5
+    with pytest.raises(ValueError, match="town must be one of a, b, got 'c'"):
+        kinds.value_of("town", "c")
+    with pytest.raises(ValueError, match="size must be a number, got 'c'"):
+        kinds.value_of("size", "c")
     drawn = Conditions.of(table[["town", "old"]], 6)[0].some(5)
     assert set(drawn) == {"town", "old"} and len(drawn["old"]) == 5
 
@@ -122,7 +129,17 @@ def test_drawn_classes_are_as_frequent_as_in_the_data():
     drawn = Classes(["a", "b"], [.2, .8]).some(10_000, seed=1)
     assert drawn.count("b")/10_000 == pytest.approx(.8, abs=.02)
     assert drawn == Classes(["a", "b"], [.2, .8]).some(10_000, seed=1)
-    assert class_sizes([.995, .005], 100) == [100, 1]
+
+
+@pytest.mark.parametrize("shares, size, sizes", (
+    ([.995, .005], 100, [99, 1]), ([.1]*10, 64, None), ([.5, .3, .2], 10, [5, 3, 2]),
+    ([.98, .01, .01], 3, [1, 1, 1])))
+def test_a_batch_is_divided_among_classes(shares, size, sizes):
+    assert sum(class_sizes(shares, size)) == size
+    assert max(abs(n - share*size) for n, share in zip(class_sizes(shares, size), shares)) < 2
+    assert sizes in (None, class_sizes(shares, size))
+    with pytest.raises(ValueError, match="batch_size must be at least 3, the number of classes"):
+        class_sizes([.3, .3, .4], 2)
 
 
 # ---- models
@@ -258,7 +275,8 @@ def numbers_model(request):
     x, c = on_a_line()
     make, settings = KINDS[request.param]
     more = dict(pool_size=2**13, minibatch=256) if settings else {}
-    return make(**SMALL | dict(train_steps=600) | settings | more).fit(x, condition=c, progress=False)
+    model = make(**SMALL | dict(train_steps=600) | settings | more)
+    return model.fit(x, condition=c, progress=False)
 
 
 def test_samples_follow_the_numbers(numbers_model):

@@ -65,6 +65,16 @@ def share_and_stop(out):
         raise AssertionError("the data were read before the settings were checked")
     with pytest.raises(ValueError, match="batch_size must be a multiple of the 2 ranks, got 63"):
         model.fit(untouched, progress=False, loop=DistributedRun())
+    moons = sample_2d("moons", 400, 0)
+    words = ["left" if x < 0 else "right" for x in moons[:, 0]]
+    words[0] = words[1] = words[2] = "first"
+    classes = FlowMatching(**TINY).fit(moons, condition=words, progress=False,
+                                       loop=DistributedRun())
+    alone = classes.sample(9, seed=4)
+    assert torch.allclose(alone, sample(classes, 9, seed=4), atol=1e-6)
+    asked = classes.conditions.some(9, 1)
+    assert torch.allclose(classes.sample(9, condition=asked), sample(classes, 9, condition=asked),
+                          atol=1e-6)
     data = noise(stop_at=8)
     with pytest.raises(KeyboardInterrupt) as caught:
         long_model().fit(data, progress=False, loop=DistributedRun(out/"c"))

@@ -311,7 +311,7 @@ def test_a_flow_for_each_class_of_a_column(nsgf):
     frame = people().assign(size=rng.integers(1, 3, 200))
     frame.to_csv("p.csv", index=False)
     code, out, err = nsgf("fit", "p.csv", "--label", "town", *TINY)
-    assert code == 0 and "each of the 3 classes of town" in out, err
+    assert code == 0 and "condition: town (classes), 3 classes in all" in out, err
     assert nsgf("sample", "model.safetensors", "-n", "60", "-o", "all.csv")[0] == 0
     rows = pandas.read_csv("all.csv")
     assert set(rows.columns) == set(frame.columns)
@@ -320,7 +320,7 @@ def test_a_flow_for_each_class_of_a_column(nsgf):
     assert nsgf(*ulm)[0] == 0
     assert pandas.read_csv("u.csv")["town"].tolist() == ["Ulm"]*5
     fails(nsgf("sample", "model.safetensors", "--condition", "Rom", "-o", "u.csv"),
-          "Bern, Ulm, Wien, got 'Rom'")
+          "town must be one of Bern, Ulm, Wien, got 'Rom'")
     assert nsgf("evaluate", "model.safetensors", "p.csv")[0] == 0
     assert nsgf("fit", "p.csv", "--label", "size", *TINY)[0] == 0  # numbers are classes too
     assert nsgf("sample", "model.safetensors", "--condition", "2", "-n", "5", "-o", "u.csv")[0] == 0
@@ -328,6 +328,41 @@ def test_a_flow_for_each_class_of_a_column(nsgf):
     fails(nsgf("fit", "p.csv", "--label", "colour", *TINY), "'colour'; it has age")
     assert nsgf("fit", "p.csv", *TINY)[0] == 0
     fails(nsgf("sample", "model.safetensors", "--condition", "2", "-o", "u.csv"), "trained without")
+
+
+def test_several_columns_are_given(nsgf):
+    frame = people()
+    frame.to_csv("p.csv", index=False)
+    both = ("--label", "town", "--label", "age")
+    code, out, err = nsgf("fit", "p.csv", *both, *TINY)
+    assert code == 0 and "town (classes), age (numbers), 3 classes in all" in out, err
+    asked = ("--condition", "town=Ulm", "--condition", "age=40")
+    assert nsgf("sample", "model.safetensors", *asked, "-n", "5", "-o", "u.csv")[0] == 0
+    rows = pandas.read_csv("u.csv")
+    assert rows["town"].tolist() == ["Ulm"]*5 and rows["age"].tolist() == [40.]*5
+    assert set(rows.columns) == set(frame.columns)
+    fails(nsgf("sample", "model.safetensors", "--condition", "Ulm", "-o", "u.csv"),
+          "--condition must be town=… age=…, got Ulm")
+    fails(nsgf("sample", "model.safetensors", "-o", "u.csv"), "condition must be given.*numbers")
+    assert nsgf("evaluate", "model.safetensors", "p.csv")[0] == 0
+
+
+def test_subfolders_are_classes(nsgf):
+    from PIL import Image
+    for name, level in (("dark", 40), ("light", 200)):
+        for i in range(12):
+            Path("photos", name).mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(level - 30, level + 30, (8, 8), dtype="uint8")
+            Image.fromarray(pixels).save(Path("photos", name, f"{i}.png"))
+    small = ("--set", "train_steps=2", "batch_size=8", "channels=4", "pool_size=64", "minibatch=8")
+    code, out, err = nsgf("fit", "photos", "--label", "subfolder", *small)
+    assert code == 0 and "2 classes in all" in out, err
+    light = ("--condition", "light", "-n", "4", "-o", "s.npy")
+    assert nsgf("sample", "model.safetensors", *light)[0] == 0
+    assert numpy.load("s.npy").shape == (4, 1, 8, 8)
+    fails(nsgf("sample", "model.safetensors", "--condition", "red", "-o", "s.png"),
+          "condition must be one of dark, light, got 'red'")
+    fails(nsgf("fit", "photos", "--label", "colour", *small), "--label must be subfolder.*colour")
 
 
 def test_rows_with_missing_values(nsgf):

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'HELD_OUT', 'read_samples', 'split_rows', 'are_images', 'data_settings', 'fit_file', 'table_of',
-           'write_rows', 'class_named', 'sample_rows', 'compare_samples', 'classifier_auc', 'show_columns',
+           'write_rows', 'condition_from_words', 'sample_rows', 'compare_samples', 'classifier_auc', 'show_columns',
            'evaluate_file', 'register_fit']
 
-# %% ../../nbs/49c_own_data.ipynb #49c-004
+# %% ../../nbs/49c_own_data.ipynb #c1b86663
 import ast
 import math
 from dataclasses import asdict
@@ -17,16 +17,17 @@ import numpy
 import torch
 
 from .protocol import add_device, provenance
+from ..conditions import Conditions, rows_of_condition
 from ..files import load_tensors
 from ..flow_matching import FlowMatching
-from ..images import load_images
+from ..images import class_names, load_images
 from ..metrics import Estimate, ratio, sw2, w2
 from ..nsgf import NSGF
 from ..runs.checkpoints import LongRun
 from ..tables import SUFFIXES, Table, read_data
 from ..training import training_steps
 
-# %% ../../nbs/49c_own_data.ipynb #49c-007
+# %% ../../nbs/49c_own_data.ipynb #07619e3d
 METHODS = {"nsgf": (NSGF, {}), "ot-cfm": (FlowMatching, dict(coupling="ot", pool_size=2**16)),
            "fm": (FlowMatching, {})}
 HELD_OUT = .1  # share of the rows that are not trained on
@@ -52,12 +53,29 @@ def _choose_columns(frame, columns, drop, drop_missing):
     frame = frame.drop(columns=list(drop or ()))
     return frame.dropna() if drop_missing else frame
 
-def _labels_in(frame, label):
-    "The column of classes."
-    _check_columns(frame, [label])
-    if frame[label].isna().any():
-        raise ValueError(f"column {label!r} has missing values: --drop-missing leaves out its rows")
-    return frame[label].to_numpy()
+_MOST_LEVELS = 20  # a column of more whole numbers than these is one of numbers, not of classes
+
+def _conditions_in(frame, names):
+    "The columns that are conditions: name -> values, those of numbers as floats."
+    _check_columns(frame, names)
+    conditions = {}
+    for name in names:
+        values = frame[name]
+        if values.isna().any():
+            raise ValueError(f"column {name!r} has missing values: --drop-missing leaves out its "
+                             f"rows")
+        if getattr(values.dtype, "kind", "O") in "iu" and values.nunique() > _MOST_LEVELS:
+            values = values.astype("float64")
+        conditions[name] = values.to_numpy()
+    return conditions
+
+def _images_with_classes(folder, names):
+    "Images of a folder (N, C, H, W), and the names of their subfolders (N,)."
+    if names != ["subfolder"]:
+        raise ValueError(f"--label must be subfolder for a folder of images, got "
+                         f"{', '.join(names)}")
+    x, labels = load_images(str(folder), labels=True)
+    return x, numpy.array(class_names(folder))[labels.numpy()]
 
 def split_rows(
     n: int,  # rows
@@ -72,7 +90,7 @@ def split_rows(
                          f"needed: --hold-out 0 trains on all")
     return order[held_out:], order[:held_out]
 
-# %% ../../nbs/49c_own_data.ipynb #49c-010
+# %% ../../nbs/49c_own_data.ipynb #64bb4f29
 def are_images(
     shape: tuple,  # of one sample
 ) -> bool:
@@ -115,28 +133,31 @@ def fit_file(
     hold_out: float = HELD_OUT,  # share of the rows that are not trained on
     seed: int = 0,
     device=None,
-    label: str = None,  # column of a table with classes: a flow for each
+    label: list = None,  # conditions: columns of a table, or ["subfolder"] for a folder of images
 ):  # the model
     "Train a model on a file. The same call resumes a training that was stopped."
     out = Path(out)
     if out.suffix != ".safetensors":
         raise ValueError(f"-o must end in .safetensors, got {out}")
-    points = read_samples(data)
+    condition = None
+    if label and Path(data).is_dir():
+        points, condition = _images_with_classes(data, label)
+    else:
+        points = read_samples(data)
     notes = dict(data=str(data), held_out=dict(share=hold_out, seed=seed), method=method,
                  settings=settings or {})
     if not isinstance(points, torch.Tensor):
         frame = _choose_columns(points, columns, drop, drop_missing)
-        condition = None
-        if label is not None:
-            condition = _labels_in(frame, label)
-            frame = frame.drop(columns=[label])
+        if label:
+            condition = _conditions_in(frame, label)
+            frame = frame.drop(columns=label)
             notes["label"] = label
         table = Table.of(frame)
         points = table.to_points(frame)
         notes["table"] = table.describe()
         for column in table.columns:
             print(f"  {column.summary()}")
-    elif columns or drop or drop_missing or label:
+    elif columns or drop or drop_missing or label and condition is None:
         raise ValueError(f"--columns, --drop, --drop-missing and --label are for tables; {data} is "
                          f"an array")
     train, held_out = split_rows(len(points), hold_out, seed)
@@ -150,9 +171,9 @@ def fit_file(
     print(f"{training_steps(model.config, len(train)):,} steps of {model.config.batch_size}")
     checkpoint = out.with_name(out.name + ".checkpoint")
     options = {}
-    if label is not None:
-        options["condition"] = condition[train.numpy()]
-        print(f"a flow for each of the {len(set(condition)):,} classes of {label}")
+    if condition is not None:
+        options["condition"] = rows_of_condition(condition, train)
+        print(f"condition: {Conditions.of(options['condition'], len(train))[0].summary()}")
     model.fit(points[train], loop=LongRun(checkpoint), **options)
     model.save(out, **notes, provenance=provenance(model.device))
     checkpoint.unlink(missing_ok=True)
@@ -195,38 +216,40 @@ def write_rows(
     else:
         frame.to_csv(path, index=False, sep="\t" if Path(path).suffix == ".tsv" else ",")
 
-# %% ../../nbs/49c_own_data.ipynb #49c-013
-def class_named(
+# %% ../../nbs/49c_own_data.ipynb #1bebfb8c
+def condition_from_words(
     model,
-    word: str,  # as the user wrote it
-):  # the value of the class
-    "A class of a model. Raises `ValueError` for a model without classes, or for another word."
-    classes = getattr(model, "classes", None)
-    if classes is None:
-        raise ValueError("--condition is for models with classes; this one was trained without")
-    named = {str(value): value for value in classes.values}
-    if word not in named:
-        raise ValueError(f"--condition must be one of {', '.join(named)}, got {word!r}")
-    return named[word]
+    words: list,  # as the user wrote them: VALUE, or NAME=VALUE …
+):  # as for `sample`
+    "The condition that words stand for. Raises `ValueError` for any other."
+    kinds = model.conditions
+    if kinds is None:
+        raise ValueError("--condition is for models with conditions; this one was trained without")
+    given = dict(word.split("=", 1) for word in words if "=" in word)
+    if len(words) == len(kinds.columns) == 1 and not given:
+        given = {name: words[0] for name in kinds.columns}
+    if set(given) != set(kinds.columns) or len(given) != len(words):
+        wanted = " ".join(f"{name}=…" for name in kinds.columns)
+        raise ValueError(f"--condition must be {wanted}, got {' '.join(words)}")
+    values = {name: kinds.value_of(name, word) for name, word in given.items()}
+    return values if kinds.named else values["condition"]
 
 def sample_rows(
     model,  # of `fit_file`
-    path,  # of the model
     n: int,
     seed: int = 0,
     steps: int = None,  # None: those of the model
-    condition: str = None,  # a class; None: as often as in the data
-) -> tuple:  # samples (n, D); the column of classes, name -> values, or {}
-    "Samples, and their classes if the model has some."
+    condition: list = None,  # as for `condition_from_words`; None: classes as often as in the data
+) -> tuple:  # samples (n, D); the columns of their conditions, name -> values
+    "Samples, and what they were drawn for if the model has conditions."
     if condition is not None:
-        chosen = [class_named(model, condition)]*n
-    elif model.classes is None:
+        chosen = condition_from_words(model, condition)
+    elif model.conditions is None:
         return model.sample(n, steps, seed), {}
     else:
-        chosen = [model.classes.values[k] for k in model.classes.draw(n, seed)]
-    _, about = load_tensors(path)
+        chosen = model.conditions.some(n, seed)
     x = model.sample(n, steps, seed, condition=chosen)
-    return x, {about.get("label", "condition"): chosen}
+    return x, chosen if model.conditions.named else dict(condition=chosen)
 
 # %% ../../nbs/49c_own_data.ipynb #49c-015
 def compare_samples(
@@ -310,7 +333,7 @@ def show_columns(
     axs[0, 0].legend(fontsize=8)
     return fig
 
-# %% ../../nbs/49c_own_data.ipynb #49c-016
+# %% ../../nbs/49c_own_data.ipynb #344d6800
 def evaluate_file(
     model,
     path,  # of the model
@@ -326,8 +349,9 @@ def evaluate_file(
         if isinstance(points, torch.Tensor):
             raise ValueError(f"{path} was trained on a table, {data} is an array")
         names = [c.name for c in table.columns]
-        label = [about["label"]] if "label" in about else []
-        points = table.to_points(_choose_columns(points, names + label, None, drop_missing=True))
+        label = about.get("label", [])
+        frame = _choose_columns(points, names + label, None, drop_missing=True)
+        points = table.to_points(frame)
     elif not isinstance(points, torch.Tensor):
         points = Table.of(points).to_points(points)
     if points.shape[1:] != model.standardizer.shape:
@@ -336,7 +360,11 @@ def evaluate_file(
     division = about.get("held_out", dict(share=.5, seed=0))
     train, held_out = split_rows(len(points), division["share"] or .5, division["seed"])
     n = max(1000, min(len(points), 20_000))
-    x = model.sample(n, seed=seed)
+    condition = None
+    if table is not None and label:  # those of random rows
+        rows = torch.randint(len(points), (n,), generator=torch.Generator().manual_seed(seed))
+        condition = rows_of_condition(_conditions_in(frame, label), rows)
+    x = model.sample(n, seed=seed, condition=condition)
     if table is not None:
         x = table.to_points(table.to_frame(x))
     measured = compare_samples(x, points[held_out], points[train], seed)
@@ -366,7 +394,7 @@ def evaluate_file(
         print(f"wrote {picture}")
     return measured
 
-# %% ../../nbs/49c_own_data.ipynb #49c-021
+# %% ../../nbs/49c_own_data.ipynb #1ede1aeb
 def register_fit(
     commands,  # subparsers of argparse
 ):
@@ -380,8 +408,10 @@ def register_fit(
     parser.add_argument("--method", choices=METHODS, default="nsgf", help="default: nsgf")
     parser.add_argument("--columns", nargs="+", metavar="COLUMN", help="of a table, only these")
     parser.add_argument("--drop", nargs="+", metavar="COLUMN", help="of a table, all but these")
-    parser.add_argument("--label", metavar="COLUMN",
-                        help="of a table: learn a flow for each class in this column")
+    parser.add_argument("--label", action="append", metavar="COLUMN",
+                        help="of a table: samples can be asked for by the value of this column, a "
+                             "class or a number; of a folder of images: 'subfolder' makes classes "
+                             "of them (may be given several times)")
     parser.add_argument("--drop-missing", action="store_true",
                         help="leave out rows with missing values")
     parser.add_argument("--hold-out", type=float, default=HELD_OUT, metavar="SHARE",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Ranks', 'ranks', 'each', 'SharedPool', 'SharedDiskPool', 'sample', 'DistributedRun', 'explain_lost_rank']
 
-# %% ../../nbs/32_distributed.ipynb #32-004
+# %% ../../nbs/32_distributed.ipynb #bf0d8f15
 import atexit
 import gc
 import math
@@ -19,6 +19,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from ..conditions import rows_of_condition
 from ..flow import TrajectoryPool
 from .checkpoints import LongRun
 from .disk_pool import DiskPool
@@ -153,7 +154,7 @@ class SharedDiskPool(DiskPool):
         here.wait()
         return self
 
-# %% ../../nbs/32_distributed.ipynb #32-015
+# %% ../../nbs/32_distributed.ipynb #ab857b26
 def sample(
     model,  # a `VelocityModel` or an `NSGFPlusPlus`, the same on all ranks
     n: int = None,  # number of samples; that of x0 if x0 is given
@@ -169,9 +170,17 @@ def sample(
         first = getattr(model, "sinkhorn", model)  # what NSGF++ begins with
         x0 = first.standardizer.to_data(first.draw_source(n, seed))
 
+    kinds = getattr(model, "conditions", None)
+    if kinds is not None:
+        condition = options.pop("condition", None)
+        condition = kinds.some(len(x0), seed) if condition is None else condition
+        condition = kinds.spread(condition, len(x0))
+
     def sample_rows(rows):
         own = {name: value[rows] if isinstance(value, Tensor) and value.ndim else value
                for name, value in options.items()}
+        if kinds is not None:
+            own["condition"] = rows_of_condition(condition, rows)
         return model.sample(seed=seed, x0=x0[rows], **own)
 
     size = math.ceil(len(x0)/here.count)
