@@ -6,7 +6,7 @@
 __all__ = ['Classes', 'rows_of_condition', 'Conditions', 'CarriedNumbers', 'keep_still', 'flagged', 'class_sizes',
            'without_numbers', 'joined_batches', 'Part', 'Condition']
 
-# %% ../nbs/15b_conditions.ipynb #0a690360
+# %% ../nbs/15b_conditions.ipynb #fd56ae28
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .data import Batches, PairSampler, Standardizer, as_points, is_frame
+from .data import Batches, PairSampler, as_points, is_frame
+from .units import Standardizer
 
 # %% ../nbs/15b_conditions.ipynb #ab06343f
 class Classes:
@@ -272,7 +273,7 @@ class Conditions:
             numbers = Standardizer(mean, scale)
         return cls(dict(about["columns"]), bool(about["named"]), classes, numbers)
 
-# %% ../nbs/15b_conditions.ipynb #18002fc3
+# %% ../nbs/15b_conditions.ipynb #f4693071
 class CarriedNumbers(PairSampler):
     "Source and target (n, D + k): points, and the numbers of a condition as coordinates that stay."
 
@@ -286,8 +287,9 @@ class CarriedNumbers(PairSampler):
         standardizer: Standardizer,  # of the data
         source_numbers: Tensor = None,  # of each row of the source (M, k); None: those of the data
     ):
-        if config.flip:
-            raise ValueError("flip must be False where the condition has numbers")
+        if config.flip or config.scale == "quantile":
+            raise ValueError("flip must be False, and scale not 'quantile', where the condition "
+                             "has numbers")
         self.still = numbers.shape[1]
         self.own_numbers = source_numbers is not None
         mean = standardizer.mean.flatten()

@@ -22,7 +22,7 @@ from .semidiscrete import SemidiscretePlan, population_pairs
 from .settings import DensityScores, as_seed, setting
 from .training import Loop, TrainConfig, seeded
 
-# %% ../nbs/06f_fields.ipynb #bdf7c233
+# %% ../nbs/06f_fields.ipynb #85691efc
 @dataclass(frozen=True)
 class FieldConfig(TrainConfig):
     "Settings of a model whose network is a velocity field."
@@ -41,9 +41,11 @@ class VelocityModel(Model, DensityScores):
         condition=None,  # of a model with conditions: one, or one for each sample (B,)
     ) -> Tensor:  # dx/dt, like x
         "The learned field in the data's unit. It can be differentiated in x."
+        net = self.require_net()
         given = self._given(condition, len(x))
-        v = self.require_net()(self.standardizer.to_model(x), t, *given)
-        return self.standardizer.velocity_to_data(v).to(x)
+        z = self.standardizer.to_model(x)
+        v = net(z, t, *given)
+        return self.standardizer.velocity_to_data(v, z).to(x)
 
     def fit_plan(
         self,
@@ -185,7 +187,8 @@ class VelocityModel(Model, DensityScores):
         if self.source != "normal":
             raise ValueError("log_prob needs the density of the source, and is for the normal one; "
                              "this model was trained from a source of its own")
-        z = self.to_model(x)
+        x = check_sample("x", as_points(x, "x"), self.standardizer.shape)
+        z = self.standardizer.to_model(x)
         c = self.config
         if probes is None:
             probes = 0 if math.prod(self.standardizer.model_shape) <= 32 else 4
@@ -197,7 +200,7 @@ class VelocityModel(Model, DensityScores):
             else:
                 log_probs[rows], errors[rows] = flow_log_prob(
                     v, z[rows], None, steps or 100, "midpoint", probes, seed)
-        log_probs = log_probs.to(self.standardizer.mean) - self.standardizer.log_volume()
+        log_probs = log_probs.to(self.standardizer.mean) - self.standardizer.log_volume(x)
         return (log_probs, errors) if return_error else log_probs
 
     def _starts(self, n, seed, x0):

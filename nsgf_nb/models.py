@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Model']
 
-# %% ../nbs/06e_models.ipynb #65c3b49e
+# %% ../nbs/06e_models.ipynb #68ef15ae
 import json
 import math
 import warnings
@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .conditions import Condition, Conditions, class_sizes, joined_batches
-from .data import PairSampler, Standardizer, column_names
+from .data import PairSampler, column_names
 from nsgf_nb.files import (
     Pretrained,
     load_tensors,
@@ -31,10 +31,10 @@ from nsgf_nb.training import (
     find_device,
     make_network,
     seeded,
-    training_steps,
 )
+from .units import standardizer_from
 
-# %% ../nbs/06e_models.ipynb #f26d6c4e
+# %% ../nbs/06e_models.ipynb #8d49a4be
 class Model(Configurable, Pretrained):
     "A network that is trained on data; subclasses say from which batches."
     Config = TrainConfig
@@ -115,7 +115,7 @@ class Model(Configurable, Pretrained):
         elif steps_remain:
             batches = self._conditional_batches(sampler, condition, progress, options)
         graph = c.graph and self.device.type == "cuda"
-        return Trainer(net, batches, training_steps(c, sampler.rows), c.lr, c.ema, c.clip, c.bf16,
+        return Trainer(net, batches, sampler.steps, c.lr, c.ema, c.clip, c.bf16,
                        c.compile and steps_remain, graph)
 
     def _conditional_batches(self, sampler, condition, progress, options):
@@ -130,7 +130,8 @@ class Model(Configurable, Pretrained):
         parts = []
         sizes = class_sizes(shares, c.batch_size)
         for k, (part, share, size) in enumerate(zip(condition.parts, shares, sizes)):
-            settings = dict(batch_size=size, seed=c.seed + 1000*k)
+            settings = dict(batch_size=size, seed=c.seed + 1000*k,
+                            train_steps=sampler.steps)
             if hasattr(c, "pool_size"):
                 settings["pool_size"] = math.ceil(c.pool_size*share)
             model = type(self)(replace(c, **settings), self.device)
@@ -160,7 +161,7 @@ class Model(Configurable, Pretrained):
         with seeded(config.seed), loop:
             sampler = PairSampler(data, source, config, self.device)
             self.seconds = {}
-            steps_remain = loop.steps_done() < training_steps(config, sampler.rows)
+            steps_remain = loop.steps_done() < sampler.steps
             given = None
             if condition is not None:
                 given = condition
@@ -235,7 +236,7 @@ class Model(Configurable, Pretrained):
         if half:
             weights = {name: w.half() for name, w in weights.items()}
         tensors = with_prefix("net", weights)
-        tensors |= {"mean": self.standardizer.mean, "scale": self.standardizer.scale}
+        tensors |= self.standardizer.tensors()
         about = dict(model=type(self).__name__, config=asdict(self.config),
                      shape=list(self.standardizer.shape), source=self.source)
         if self.columns:
@@ -253,7 +254,7 @@ class Model(Configurable, Pretrained):
         try:
             model = cls(cls.Config(**about["config"]), device=device)
             _check_tensors(tensors, about, model.config)
-            standardizer = Standardizer(tensors["mean"], tensors["scale"])
+            standardizer = standardizer_from(tensors)
             conditions = None
             if "conditions" in about:
                 conditions = Conditions.from_description(about["conditions"])

@@ -19,7 +19,7 @@ from .flow import FlowSettings, PoolRecipe, TrajectoryPool, beside, visited_time
 from .semidiscrete import check_plan
 from .settings import setting
 
-# %% ../nbs/07_nsgf.ipynb #9175e22b
+# %% ../nbs/07_nsgf.ipynb #302461b4
 @dataclass(frozen=True)
 class NSGFConfig(FieldConfig):
     "Settings of an `NSGF` run."
@@ -30,8 +30,8 @@ class NSGFConfig(FieldConfig):
     blur: float = setting(.05, above=0)  # square root of ε, in units of `blur_unit`
     blur_unit: str = setting("std", choices=("std", "data"))  # the data's deviation, or its unit
     minibatch: int = setting(256, at_least=1)  # particles n in each flow of the pool
-    pool_size: int = setting(2**19, at_least=1)  # source–target pairs in the pool, at most …
-    pool_mb: int = setting(512, at_least=1)  # … and no more than fit into so many MB
+    pool_size: int = setting(2**19, at_least=1)  # source–target pairs in the pool, at most, …
+    pool_mb: int = setting(512, at_least=1)  # … what fits into so many MB, one for each state
     tol: float = setting(1e-2, above=0)  # L1 marginal error of the Sinkhorn solves
     self_term: str = setting("same", choices=("same", "masked", "independent"))
     population: int = setting(2**16, at_least=2)  # of "population": data points at most
@@ -63,9 +63,10 @@ class NSGF(VelocityModel):
         start = time.perf_counter()
         pool = TrajectoryPool() if pool is None else pool
         flow = replace(self.flow_settings(sampler.standardizer), still=sampler.still)
+        states = sampler.steps*c.batch_size
         recipe = PoolRecipe(
             shape=sampler.shape, flow=flow,
-            pairs=c.pool_size, minibatch=c.minibatch, memory_mb=c.pool_mb, seed=c.seed,
+            pairs=min(c.pool_size, states), minibatch=c.minibatch, memory_mb=c.pool_mb, seed=c.seed,
             about=dict(data=sampler.standardizer.fingerprint, flip=c.flip))
         pool.build(recipe, sampler, self.device, progress)
         self.seconds["pool"] = time.perf_counter() - start
@@ -80,7 +81,8 @@ class NSGF(VelocityModel):
         c = self.config
         pairs = keep_still(self.population_pairs(sampler, plan, progress), sampler.still)
         start = time.perf_counter()
-        size = min(c.pool_size, c.pool_mb*2**18//(2*math.prod(sampler.shape)))
+        states = sampler.steps*c.batch_size
+        size = min(c.pool_size, states, c.pool_mb*2**18//(2*math.prod(sampler.shape)))
         generator = torch.Generator(self.device).manual_seed(c.seed)
         pool = PairPool(pairs, size, min(size, 4096), generator, progress)
         self.seconds["pool"] = time.perf_counter() - start

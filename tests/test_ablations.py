@@ -28,10 +28,10 @@ from nsgf_nb.bench.ablations import (
     study,
     time_grid,
 )
-from nsgf_nb.data import Standardizer
 from nsgf_nb.flow import integrate, particle_flow
 from nsgf_nb.flow_matching import ot_partners
 from nsgf_nb.nsgf import NSGF
+from nsgf_nb.units import Standardizer
 
 RESULTS = Path(__file__).resolve().parent.parent/"nbs"/"results"/"ablations"
 

@@ -8,7 +8,7 @@ __all__ = ['PROTOCOL', 'QUICK', 'QUICK_PROTOCOL', 'STUDIES', 'Budget', 'Constant
            'matching_error', 'field_distance', 'distance_from_straight', 'time_grid', 'missing_rows', 'study',
            'read_study', 'register']
 
-# %% ../../nbs/46_ablations.ipynb #46-004
+# %% ../../nbs/46_ablations.ipynb #2aec8794
 import hashlib
 import json
 import math
@@ -33,7 +33,6 @@ from nsgf_nb.bench.protocol import (
     target_samples,
     to_json,
 )
-from ..data import Standardizer
 from ..files import load_tensors, read_json, save_tensors, writable_folder, write_file
 from ..flow import PoolRecipe, TrajectoryPool, particle_flow
 from ..flow_matching import ot_partners
@@ -44,6 +43,7 @@ from ..settings import setting
 from ..sinkhorn import velocity
 from ..targets import sample_2d
 from ..training import find_device
+from ..units import Standardizer
 
 # %% ../../nbs/46_ablations.ipynb #46-007
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 __all__ = ['EXPERIMENTS', 'DEMO', 'GROUPS', 'Experiment', 'experiments_named', 'draw_flow', 'draw_pictures', 'run', 'report',
            'train_plane', 'run_demo', 'register_demo']
 
-# %% ../../nbs/41_experiments.ipynb #41-004
+# %% ../../nbs/41_experiments.ipynb #0e482117
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,6 @@ from nsgf_nb.bench.protocol import (
     to_json,
     w2_along_the_way,
 )
-from ..data import Standardizer
 from ..files import writable_folder, write_json
 from ..flow import particle_flow
 from ..nsgf import NSGF, NSGFConfig
@@ -32,6 +31,7 @@ from ..runs.checkpoints import Checkpoint
 from ..runs.distributed import DistributedRun, SharedDiskPool, SharedPool, ranks
 from ..targets import TARGETS, sample_2d, show_paths, show_snapshots, source_2d
 from ..training import find_device
+from ..units import Standardizer
 
 # %% ../../nbs/41_experiments.ipynb #41-007
 @dataclass(frozen=True)

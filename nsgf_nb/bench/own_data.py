@@ -90,7 +90,7 @@ def split_rows(
                          f"needed: --hold-out 0 trains on all")
     return order[held_out:], order[:held_out]
 
-# %% ../../nbs/49c_own_data.ipynb #64bb4f29
+# %% ../../nbs/49c_own_data.ipynb #257d4b19
 def are_images(
     shape: tuple,  # of one sample
 ) -> bool:
@@ -168,7 +168,8 @@ def fit_file(
     model = make(device=device, seed=seed, **defaults | (settings or {}))
     print(f"{type(model).__name__} on {model.device}, seed {seed}: "
           + ", ".join(f"{name}={value!r}" for name, value in asdict(model.config).items()))
-    print(f"{training_steps(model.config, len(train)):,} steps of {model.config.batch_size}")
+    steps = training_steps(model.config, len(train), math.prod(points.shape[1:]))
+    print(f"{steps:,} steps of {model.config.batch_size}")
     checkpoint = out.with_name(out.name + ".checkpoint")
     options = {}
     if condition is not None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FULL', 'QUICK', 'PlanSizes', 'image_like_points', 'time_plan', 'bench_plans', 'register']
 
-# %% ../../nbs/49b_plan_bench.ipynb #49b-003
+# %% ../../nbs/49b_plan_bench.ipynb #b7d0de75
 import time
 import warnings
 from dataclasses import asdict, dataclass
@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 import torch
 
 from .protocol import add_bench_options, provenance
-from ..data import Standardizer
 from ..files import writable_folder, write_json
 from ..images import load_images
 from ..semidiscrete import SemidiscretePlan
 from ..training import find_device
+from ..units import Standardizer
 
 # %% ../../nbs/49b_plan_bench.ipynb #49b-004
 @dataclass(frozen=True)

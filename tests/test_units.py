@@ -1,0 +1,125 @@
+"""Units by quantiles: there and back, atoms, ranges, densities, files, refusals."""
+import numpy
+import pytest
+import torch
+from conftest import rewrite
+from torch.testing import assert_close
+
+from nsgf_nb import NSGF
+from nsgf_nb.flow_matching import FlowMatching
+from nsgf_nb.units import QuantileStandardizer, Standardizer
+
+TINY = dict(train_steps=4, batch_size=32, width=8, depth=1, device="cpu")
+
+
+def table(n=2000, dtype=torch.float64):
+    "Heavy tails, zeros for half of the rows, five whole numbers, a constant."
+    rng = numpy.random.default_rng(0)
+    rain = numpy.where(rng.random(n) < .5, 0., rng.gamma(2., 3., n))
+    columns = [rng.standard_t(2, n), rain, rng.integers(0, 5, n), numpy.full(n, 3.)]
+    return torch.tensor(numpy.stack(columns, 1), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_there_and_back(dtype):
+    x = table(dtype=dtype)
+    standardizer = Standardizer.of(x, "cpu", "quantile")
+    z = standardizer.to_model(x)
+    assert z.shape == (2000, 3) and z.dtype == torch.float32 and z.isfinite().all()
+    assert_close(standardizer.to_data(z), x, rtol=1e-5, atol=1e-4)
+    placed = standardizer.place(x, torch.Generator().manual_seed(0))
+    assert_close(standardizer.to_data(placed), x, rtol=1e-5, atol=1e-4)
+    assert (placed.mean(0).abs() < .07).all() and ((placed.std(0) - 1).abs() < .07).all()
+    order = x[:, 0].argsort()
+    assert (z[order, 0].diff() >= 0).all()
+    assert standardizer.fingerprint == Standardizer.of(x, "cpu", "feature").fingerprint
+
+
+def test_normal_draws_become_the_data():
+    x = table()
+    standardizer = QuantileStandardizer.of(x, "cpu")
+    y = standardizer.to_data(5*torch.randn(20_000, 3, generator=torch.Generator().manual_seed(0)))
+    assert set(y[:, 2].tolist()) == {0, 1, 2, 3, 4} and (y[:, 3] == 3).all()
+    assert (y.max(0)[0] <= x.max(0)[0]).all() and (y.min(0)[0] >= x.min(0)[0]).all()
+    y = standardizer.to_data(torch.randn(20_000, 3, generator=torch.Generator().manual_seed(0)))
+    for k in range(3):
+        levels = x[:, k].quantile(torch.linspace(.05, .95, 10).double())
+        shares = [(column[:, None] <= levels).double().mean(0) for column in (x[:, k], y[:, k])]
+        assert_close(shares[0], shares[1], atol=.02, rtol=0)
+
+
+def test_many_rows_keep_a_bounded_number_of_knots():
+    x = torch.randn(20_000, 1, dtype=torch.float64)
+    standardizer = QuantileStandardizer.of(x, "cpu")
+    assert standardizer.x.shape == (1, 4096)
+    assert_close(standardizer.to_data(standardizer.to_model(x)), x, atol=1e-4, rtol=1e-4)
+
+
+def test_velocities_follow_the_chain_rule():
+    x = table(500)[:, :1]
+    standardizer = QuantileStandardizer.of(x, "cpu")
+    z = torch.tensor([[-.5], [.1], [1.3]])
+    v = torch.tensor([[2.], [1.], [-1.]])
+    ahead = standardizer.to_data(z + 1e-6*v) - standardizer.to_data(z - 1e-6*v)
+    fine = QuantileStandardizer(standardizer.x, standardizer.z, standardizer.mean,
+                                standardizer.scale)
+    assert_close(fine.velocity_to_data(v, z), ahead/2e-6, rtol=.2, atol=0)
+    model = FlowMatching(**TINY, scale="quantile").fit(table(), progress=False)
+    y = table()[:9].requires_grad_()
+    model(y, .5).sum().backward()
+    assert y.grad.isfinite().all()
+
+
+def test_the_density_has_mass_one():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1500, 1, generator=generator, dtype=torch.float64).exp()
+    model = FlowMatching(**TINY | dict(train_steps=300, width=32, depth=2, ema=.9),
+                         scale="quantile").fit(x, progress=False)
+    low, high = x.min().item(), x.max().item()
+    edges = torch.linspace(low, high, 4001, dtype=torch.float64)
+    middle = ((edges[1:] + edges[:-1])/2)[:, None]
+    mass = model.log_prob(middle, steps=20).exp().sum()*(high - low)/4000
+    assert mass.item() == pytest.approx(1, abs=.05)
+    repeated = FlowMatching(**TINY, scale="quantile").fit(table(), progress=False)
+    with pytest.raises(ValueError, match="log_prob needs columns without repeated values"):
+        repeated.log_prob(table()[:5])
+
+
+def test_a_flow_of_tails_and_atoms(tmp_path):
+    x = table()
+    settings = TINY | dict(train_steps=400, batch_size=256, width=64, depth=2, ema=.99)
+    model = NSGF(**settings, scale="quantile", pool_size=2**13).fit(x, progress=False)
+    y = model.sample(4000)
+    assert (y[:, 1] == 0).double().mean().item() == pytest.approx(.5, abs=.05)
+    assert set(y[:, 2].tolist()) <= {0, 1, 2, 3, 4} and (y[:, 3] == 3).all()
+    tails = [(u[:, 0].abs() > 4).double().mean().item() for u in (x, y)]
+    assert tails[1] == pytest.approx(tails[0], rel=.4)
+    model.save(tmp_path/"m.safetensors")
+    again = NSGF.load(tmp_path/"m.safetensors", "cpu")
+    assert torch.equal(again.sample(50), model.sample(50))
+    assert torch.equal(model.set_params(device="cpu").sample(50), again.sample(50))
+
+
+@pytest.mark.parametrize("name, change, words", (
+    ("knots_x", lambda x: x[:2], "knots have shapes"),
+    ("knots_z", lambda z: z[:, :5], "knots have shapes"),
+    ("knots_x", lambda x: x.flip(1), "knots must be rising"),
+    ("knots_z", lambda z: z*torch.nan, "knots must be rising"),
+    ("knots_x", lambda x: x.float(), "knots must be rising numbers of type float64")))
+def test_files_with_bad_knots(name, change, words, tmp_path):
+    path = tmp_path/"m.safetensors"
+    model = FlowMatching(**TINY, scale="quantile").fit(table(50), progress=False)
+    model.save(path)
+    rewrite(path, tensors={name: change(model.standardizer.tensors()[name]).contiguous()})
+    with pytest.raises(ValueError, match=words):
+        FlowMatching.load(path, "cpu")
+
+
+def test_what_has_no_quantiles():
+    with pytest.raises(ValueError, match=r"scale='quantile' is for tables.*\(9, 1, 8, 8\)"):
+        FlowMatching(**TINY, scale="quantile").fit(torch.randn(9, 1, 8, 8), progress=False)
+    with pytest.raises(ValueError, match="needs a column that varies"):
+        FlowMatching(**TINY, scale="quantile").fit(torch.ones(9, 2), progress=False)
+    with pytest.raises(ValueError, match="scale not 'quantile'"):
+        FlowMatching(**TINY, scale="quantile").fit(table(), condition=torch.rand(2000),
+                                                   progress=False)
