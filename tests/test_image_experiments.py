@@ -24,7 +24,7 @@ from nsgf_nb.bench.image_experiments import (
 from nsgf_nb.bench.image_quality import measure_images, sample_images
 from nsgf_nb.files import pretrained_path
 from nsgf_nb.flow_matching import FlowMatching, FlowMatchingConfig
-from nsgf_nb.image_metrics import nearest_image
+from nsgf_nb.image_metrics import Classifier, nearest_image
 from nsgf_nb.images import load_images
 from nsgf_nb.nsgf import NSGFConfig
 from nsgf_nb.nsgfpp import PARTS
@@ -60,7 +60,8 @@ def digits():
 
 # ---- experiments
 
-@pytest.mark.parametrize("data", ("digits", "mnist", "mnist-paper", "cifar10", "cifar10-minutes"))
+@pytest.mark.parametrize("data", ("digits", "mnist", "mnist-paper", "cifar10", "cifar10-minutes",
+                                  "digits-classes", "mnist-classes"))
 def test_all_methods_share_network_and_budget(data):
     e = IMAGE_EXPERIMENTS[data]
     assert e.method == "nsgf"
@@ -288,6 +289,31 @@ def test_a_run_in_one_go_and_in_parts(tmp_path, digits, capsys):
     one, two = (load_model(tmp_path/way/"digits/seed0/model.safetensors", "cpu")
                 for way in ("one", "two"))
     assert torch.equal(one.sample(5), two.sample(5))
+
+
+@few_points
+@pytest.mark.parametrize("method", ("nsgf", "ot-cfm", "nsgfpp", "nsgfpp-flow"))
+def test_a_run_with_classes(tmp_path, digits, capsys, method):
+    labels = load_images("digits", labels=True)[1]
+    e = dataclasses.replace(small(IMAGE_EXPERIMENTS["digits-classes"], method=method),
+                            net=dict(NET, batch_size=16, drop_condition=.1))
+    result = run_images("x", e, out=tmp_path, device="cpu", data=digits[:600],
+                        labels=labels[:600])
+    assert 0 <= result["measured"]["nfe"]["5"]["agreement"] <= 1
+    assert "agreement" in capsys.readouterr().out
+    model = load_model(tmp_path/"x"/"seed0"/"model.safetensors", "cpu")
+    assert model.classes.values == list(range(10))
+    assert sample_images(model, 4, 5, condition=3).shape == (4, 1, 8, 8)
+
+
+def test_shipped_weights_draw_the_class_that_is_asked_for():
+    model = load_model("digits-classes", "cpu")
+    asked = torch.arange(10).repeat_interleave(40)
+    x = sample_images(model, 400, 3, seed=1, condition=asked)
+    classified = Classifier.from_pretrained("digits")(x).argmax(1)
+    assert (classified == asked).double().mean() > .97
+    assert sample_images(load_model("mnist-classes", "cpu"), 2, 2, condition=[7, 0]).shape == \
+        (2, 1, 28, 28)
 
 
 @few_points
