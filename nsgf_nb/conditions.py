@@ -338,7 +338,7 @@ def keep_still(
 def _with_last(x, stays, k):
     return torch.cat([x[:, :-k], stays[:, -k:]], 1)
 
-# %% ../nbs/15b_conditions.ipynb #08590bf0
+# %% ../nbs/15b_conditions.ipynb #b0976c3e
 def flagged(
     numbers: Tensor,  # (n, k)
 ) -> Tensor:  # (n, k + 1)
@@ -365,7 +365,7 @@ def class_sizes(
 def without_numbers(
     batch: tuple,  # states (n, D + k), times (n,), velocities (n, D + k)
     shape: tuple,  # of a sample in the model's unit
-    still: Tensor,  # k
+    still: int,  # k
     weight: float,  # β
 ) -> tuple:  # x (n, *shape), t, velocity like x, numbers (n, k + 1)
     "A batch of points that carry their numbers, with both apart."

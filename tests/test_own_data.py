@@ -347,6 +347,17 @@ def test_several_columns_are_given(nsgf):
     assert nsgf("evaluate", "model.safetensors", "p.csv")[0] == 0
 
 
+def test_quantiles_are_for_numbers(nsgf):
+    frame = people().assign(rain=numpy.where(rng.random(200) < .5, 0., rng.random(200)))
+    frame.to_csv("p.csv", index=False)
+    quantile = (*TINY, "scale=quantile")
+    fails(nsgf("fit", "p.csv", *quantile), "scale=quantile is for numbers, but town.*holds words")
+    assert nsgf("fit", "p.csv", "--label", "town", "--label", "member", *quantile)[0] == 0
+    assert nsgf("sample", "model.safetensors", "-n", "400", "-o", "all.csv")[0] == 0
+    assert .3 < (pandas.read_csv("all.csv")["rain"] == 0).mean() < .7
+    assert nsgf("evaluate", "model.safetensors", "p.csv")[0] == 0
+
+
 def test_subfolders_are_classes(nsgf):
     from PIL import Image
     for name, level in (("dark", 40), ("light", 200)):

@@ -90,7 +90,7 @@ def split_rows(
                          f"needed: --hold-out 0 trains on all")
     return order[held_out:], order[:held_out]
 
-# %% ../../nbs/49c_own_data.ipynb #257d4b19
+# %% ../../nbs/49c_own_data.ipynb #986d45b8
 def are_images(
     shape: tuple,  # of one sample
 ) -> bool:
@@ -155,6 +155,10 @@ def fit_file(
         table = Table.of(frame)
         points = table.to_points(frame)
         notes["table"] = table.describe()
+        words = [column.name for column in table.columns if column.kind == "category"]
+        if words and (settings or {}).get("scale") == "quantile":
+            raise ValueError(f"scale=quantile is for numbers, but {', '.join(words)} holds words: "
+                             f"--drop leaves a column out, --label makes it a condition")
         for column in table.columns:
             print(f"  {column.summary()}")
     elif columns or drop or drop_missing or label and condition is None:
