@@ -76,7 +76,7 @@ class Classes:
         shown = ", ".join(map(repr, self.values[:10]))
         return shown if len(self) <= 10 else f"{shown}, … ({len(self)} in all)"
 
-# %% ../nbs/15b_conditions.ipynb #29123e1f
+# %% ../nbs/15b_conditions.ipynb #53cebea2
 def _as_array(value, name):
     "A NumPy array of integers, truth values, words or finite floats."
     array = value.cpu().numpy() if isinstance(value, Tensor) else numpy.asarray(value)
@@ -249,7 +249,7 @@ class Conditions:
     def inputs(self) -> dict:
         "What a network is made for, as for `make_network`."
         classes = 0 if self.classes is None else len(self.classes) + 1  # one for a dropped class
-        numbers = 0 if self.numbers is None else len(self.numbers.mean)
+        numbers = 0 if self.numbers is None else self.numbers.model_shape[0]
         return dict(classes=classes, numbers=numbers)
 
     def describe(self) -> dict:

@@ -307,6 +307,16 @@ def test_numbers_in_files_codes_and_densities(numbers_model, tmp_path):
         again.sample(4, condition=0., t_start=torch.tensor([0., .3, .6, .9]), step_size=.1)
 
 
+def test_a_constant_number_says_nothing():
+    x, c = on_a_line(100)
+    both = torch.stack([c, torch.full_like(c, 3.)], 1)
+    model = FlowMatching(**TINY).fit(x, condition=both, progress=False)
+    assert model.conditions.inputs == dict(classes=0, numbers=1)
+    assert model.sample(4, condition=[.5, 3.]).shape == (4, 2)
+    constant = FlowMatching(**TINY).fit(x, condition=both[:, 1], progress=False)
+    assert constant.sample(4, condition=3.).shape == (4, 2)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_model_of_numbers_learns_from(kind):
     "Numbers do not move; each particle keeps its own, and ends at data with nearly equal ones."
