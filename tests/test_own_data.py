@@ -3,6 +3,7 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 from functools import partial
 from pathlib import Path
@@ -347,12 +348,29 @@ def test_several_columns_are_given(nsgf):
     assert nsgf("evaluate", "model.safetensors", "p.csv")[0] == 0
 
 
+def test_classes_of_a_single_row_are_left_out(nsgf):
+    frame = people().assign(size=rng.integers(1, 4, 200))
+    frame.loc[0, "size"] = 77
+    frame.to_csv("p.csv", index=False)
+    both = ("--label", "town", "--label", "size", "--hold-out", "0")
+    code, out, err = nsgf("fit", "p.csv", *both, *TINY)
+    assert code == 0 and "left out: 1 rows whose class occurs only once, such as (" in out, err
+    assert "9 classes in all" in out
+    frame.assign(day=[f"2026-{i}" for i in range(200)]).to_csv("p.csv", index=False)
+    fails(nsgf("fit", "p.csv", "--label", "day", *TINY), "--label makes 180 classes of 180 rows")
+    assert nsgf("fit", "p.csv", "--drop", "town", "--drop", "size", "day", *TINY)[0] == 0
+    assert [c.name for c in Table.from_description(
+        load_tensors("model.safetensors")[1]["table"]).columns] == ["age", "income", "member"]
+
+
 def test_quantiles_are_for_numbers(nsgf):
     frame = people().assign(rain=numpy.where(rng.random(200) < .5, 0., rng.random(200)))
     frame.to_csv("p.csv", index=False)
     quantile = (*TINY, "scale=quantile")
     fails(nsgf("fit", "p.csv", *quantile), "scale=quantile is for numbers, but town.*holds words")
-    assert nsgf("fit", "p.csv", "--label", "town", "--label", "member", *quantile)[0] == 0
+    code, out, _ = nsgf("fit", "p.csv", "--label", "town", "--label", "member", *quantile)
+    assert code == 0 and re.search("rain: number.*% of the rows: 0; --set scale=quantile", out)
+    assert "income: number" in out and out.count("of the rows:") == 1
     assert nsgf("sample", "model.safetensors", "-n", "400", "-o", "all.csv")[0] == 0
     assert .3 < (pandas.read_csv("all.csv")["rain"] == 0).mean() < .7
     assert nsgf("evaluate", "model.safetensors", "p.csv")[0] == 0

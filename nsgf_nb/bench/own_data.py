@@ -7,9 +7,10 @@ __all__ = ['METHODS', 'HELD_OUT', 'read_samples', 'split_rows', 'are_images', 'd
            'write_rows', 'condition_from_words', 'sample_rows', 'compare_samples', 'classifier_auc', 'show_columns',
            'evaluate_file', 'register_fit']
 
-# %% ../../nbs/49c_own_data.ipynb #c1b86663
+# %% ../../nbs/49c_own_data.ipynb #c5fdf9cd
 import ast
 import math
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy
 import torch
 
 from .protocol import add_device, provenance
-from ..conditions import Conditions, rows_of_condition
+from ..conditions import Conditions, classes_of, rows_of_condition
 from ..files import load_tensors
 from ..flow_matching import FlowMatching
 from ..images import class_names, load_images
@@ -27,7 +28,7 @@ from ..runs.checkpoints import LongRun
 from ..tables import SUFFIXES, Table, read_data
 from ..training import training_steps
 
-# %% ../../nbs/49c_own_data.ipynb #07619e3d
+# %% ../../nbs/49c_own_data.ipynb #d64751b1
 METHODS = {"nsgf": (NSGF, {}), "ot-cfm": (FlowMatching, dict(coupling="ot", pool_size=2**16)),
            "fm": (FlowMatching, {})}
 HELD_OUT = .1  # share of the rows that are not trained on
@@ -69,6 +70,31 @@ def _conditions_in(frame, names):
         conditions[name] = values.to_numpy()
     return conditions
 
+def _advice_on(column, values):
+    "Words about a number that many rows share, beside others that vary."
+    if column.kind not in ("number", "integer") or column.levels:
+        return ""
+    shares = values.value_counts(normalize=True)
+    if shares.iloc[0] < .05:
+        return ""
+    return (f" ({shares.iloc[0]:.0%} of the rows: {shares.index[0]:g}; --set scale=quantile "
+            f"draws this share exactly)")
+
+def _without_rare_classes(condition, rows):
+    "Those rows whose class is that of another row, too; says which are left out."
+    seen = classes_of(rows_of_condition(condition, rows))
+    if seen is None:
+        return rows
+    counts = Counter(seen)
+    kept = torch.tensor([counts[word] > 1 for word in seen])
+    if 2*kept.sum() < len(rows):
+        raise ValueError(f"--label makes {len(counts):,} classes of {len(rows):,} rows, most of "
+                         f"them of a single row: take columns with fewer values")
+    if not kept.all():
+        rare = [word for word in counts if counts[word] == 1]
+        print(f"left out: {len(rare):,} rows whose class occurs only once, such as {rare[0]!r}")
+    return rows[kept]
+
 def _images_with_classes(folder, names):
     "Images of a folder (N, C, H, W), and the names of their subfolders (N,)."
     if names != ["subfolder"]:
@@ -90,7 +116,7 @@ def split_rows(
                          f"needed: --hold-out 0 trains on all")
     return order[held_out:], order[:held_out]
 
-# %% ../../nbs/49c_own_data.ipynb #986d45b8
+# %% ../../nbs/49c_own_data.ipynb #de7d4330
 def are_images(
     shape: tuple,  # of one sample
 ) -> bool:
@@ -159,8 +185,8 @@ def fit_file(
         if words and (settings or {}).get("scale") == "quantile":
             raise ValueError(f"scale=quantile is for numbers, but {', '.join(words)} holds words: "
                              f"--drop leaves a column out, --label makes it a condition")
-        for column in table.columns:
-            print(f"  {column.summary()}")
+        for column, name in zip(table.columns, frame.columns):
+            print(f"  {column.summary()}{_advice_on(column, frame[name])}")
     elif columns or drop or drop_missing or label and condition is None:
         raise ValueError(f"--columns, --drop, --drop-missing and --label are for tables; {data} is "
                          f"an array")
@@ -177,6 +203,7 @@ def fit_file(
     checkpoint = out.with_name(out.name + ".checkpoint")
     options = {}
     if condition is not None:
+        train = _without_rare_classes(condition, train)
         options["condition"] = rows_of_condition(condition, train)
         print(f"condition: {Conditions.of(options['condition'], len(train))[0].summary()}")
     model.fit(points[train], loop=LongRun(checkpoint), **options)
@@ -399,7 +426,7 @@ def evaluate_file(
         print(f"wrote {picture}")
     return measured
 
-# %% ../../nbs/49c_own_data.ipynb #1ede1aeb
+# %% ../../nbs/49c_own_data.ipynb #5478ff71
 def register_fit(
     commands,  # subparsers of argparse
 ):
@@ -411,8 +438,10 @@ def register_fit(
     parser.add_argument("-o", "--output", default="model.safetensors",
                         help="file to write (default: model.safetensors)")
     parser.add_argument("--method", choices=METHODS, default="nsgf", help="default: nsgf")
-    parser.add_argument("--columns", nargs="+", metavar="COLUMN", help="of a table, only these")
-    parser.add_argument("--drop", nargs="+", metavar="COLUMN", help="of a table, all but these")
+    parser.add_argument("--columns", nargs="+", action="extend", metavar="COLUMN",
+                        help="of a table, only these")
+    parser.add_argument("--drop", nargs="+", action="extend", metavar="COLUMN",
+                        help="of a table, all but these")
     parser.add_argument("--label", action="append", metavar="COLUMN",
                         help="of a table: samples can be asked for by the value of this column, a "
                              "class or a number; of a folder of images: 'subfolder' makes classes "
