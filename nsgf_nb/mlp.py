@@ -29,7 +29,7 @@ class FourierFeatures(nn.Module):
         phase = x @ self.omega
         return torch.cat([x, phase.sin(), phase.cos()], 1)
 
-# %% ../nbs/05b_mlp.ipynb #0cc2543c
+# %% ../nbs/05b_mlp.ipynb #868a7eab
 class ConditionalNet(nn.Module):
     "A network that may be given a label, numbers, or both, beside x and t."
 
@@ -87,7 +87,7 @@ class MLP(ConditionalNet):
             inputs = width
         self.layers = nn.Sequential(*layers, nn.Linear(width, D))
         self.gain = None
-        if D > 32:  # many coordinates do not fit through the hidden layers, so each has a way past
+        if 2*D > width:  # so many do not fit through the hidden layers: each has a way past
             self.gain = nn.Linear(17, D)
             nn.init.zeros_(self.gain.weight)
             nn.init.zeros_(self.gain.bias)
