@@ -243,6 +243,9 @@ def test_good_samples_are_at_the_floor_and_bad_ones_are_not():
     assert bad["SW2"]["ratio"].mean > 1.5 and bad["deviations"] == pytest.approx(1, abs=.1)
     assert good["deviations"] < .1 and abs(good["auc"] - .5) < .06 and bad["auc"] > .57
     assert math.isnan(classifier_auc(numpy.zeros((3, 1)), numpy.ones((3, 1))))
+    constant = torch.full((len(train), 1), .1)  # whose deviation in floating point is not 0
+    whole = [torch.cat([u, constant[:len(u)]], 1) for u in (fresh[:len(train)], held_out, train)]
+    assert compare_samples(*whole)["deviations"] < .1
 
 
 # ---- commands

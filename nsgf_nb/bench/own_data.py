@@ -283,7 +283,7 @@ def sample_rows(
     x = model.sample(n, steps, seed, condition=chosen)
     return x, chosen if model.conditions.named else dict(condition=chosen)
 
-# %% ../../nbs/49c_own_data.ipynb #49c-015
+# %% ../../nbs/49c_own_data.ipynb #1dee5c0f
 def compare_samples(
     x: torch.Tensor,  # generated (n, D)
     held_out: torch.Tensor,  # real, not trained on (m, D)
@@ -291,11 +291,11 @@ def compare_samples(
     seed: int = 0,
 ) -> dict:  # name -> number or Estimate
     "Distances with floors, errors of the moments, and how well a classifier tells them apart."
+    x, held_out, train = (u.flatten(1).double() for u in (x, held_out, train))
+    varies = (train != train[0]).any(0)
     mean = train.mean(0)
-    deviation = train.std(0)
-    deviation[deviation == 0] = 1
-    x, held_out, train = ((u.flatten(1).double() - mean.flatten())/deviation.flatten()
-                          for u in (x, held_out, train))
+    deviation = torch.where(varies, train.std(0), 1.)
+    x, held_out, train = ((u - mean)/deviation for u in (x, held_out, train))
     g = torch.Generator().manual_seed(seed)
     size = min(1000, math.ceil(len(held_out)/2), len(train))
 
@@ -311,7 +311,6 @@ def compare_samples(
         measured[name] = dict(distance=Estimate.of(values), floor=Estimate.of(floors),
                               ratio=ratio(values, floors))
     measured["means"] = (x.mean(0) - train.mean(0)).abs().max().item()
-    varies = train.std(0) > 0
     measured["deviations"] = (x.std(0)/train.std(0) - 1)[varies].abs().max().item()
     both = [torch.corrcoef(u[:, varies].T) for u in (x, train)]
     measured["correlations"] = (both[0] - both[1]).abs().nan_to_num().max().item()
