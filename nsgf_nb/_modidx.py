@@ -1471,5 +1471,6 @@ d = { 'settings': { 'branch': 'main',
                                'nsgf_nb.units._knots_of': ('units.html#_knots_of', 'nsgf_nb/units.py'),
                                'nsgf_nb.units._padded': ('units.html#_padded', 'nsgf_nb/units.py'),
                                'nsgf_nb.units._rise': ('units.html#_rise', 'nsgf_nb/units.py'),
+                               'nsgf_nb.units._thinned': ('units.html#_thinned', 'nsgf_nb/units.py'),
                                'nsgf_nb.units.fingerprint_of': ('units.html#fingerprint_of', 'nsgf_nb/units.py'),
                                'nsgf_nb.units.standardizer_from': ('units.html#standardizer_from', 'nsgf_nb/units.py')}}}

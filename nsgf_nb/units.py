@@ -120,7 +120,7 @@ def _check_variation(deviation, mean, constant, dtype):
     raise ValueError(f"data varies{where} by {deviation[bad][0]:.3g} around {offset[bad][0]:.3g}, "
                      f"too little for {dtype}: pass float64, or subtract the offset")
 
-# %% ../nbs/14b_units.ipynb #7d5d93f4
+# %% ../nbs/14b_units.ipynb #2a9e13c4
 _MOST_KNOTS = 4096
 
 def _knots_of(column):
@@ -134,11 +134,17 @@ def _knots_of(column):
     p = torch.cat([((starts + ends)/2)[~atom], starts[atom], ends[atom]])
     order = x.argsort(stable=True)
     least = .5/len(column)  # an atom at the end of the range goes on to infinity
-    x, p = x[order], p[order].cummax(0)[0].clamp(least, 1 - least)
-    if len(x) > _MOST_KNOTS:
-        kept = torch.linspace(0, len(x) - 1, _MOST_KNOTS).round().long()
-        x, p = x[kept], p[kept]
-    return x, torch.special.ndtri(p)
+    p = p[order].cummax(0)[0].clamp(least, 1 - least)
+    large = torch.cat([shares[~atom], shares[atom], shares[atom]])[order] > 1e-3
+    kept = _thinned(large)
+    return x[order][kept], torch.special.ndtri(p[kept])
+
+def _thinned(large):
+    "Indices of at most 6,096 knots: those of large atoms, and others at equal distances."
+    small = (~large).nonzero()[:, 0]
+    if len(small) > _MOST_KNOTS:
+        small = small[torch.linspace(0, len(small) - 1, _MOST_KNOTS).round().long()]
+    return torch.cat([large.nonzero()[:, 0], small]).sort()[0]
 
 def _padded(columns):
     "Vectors of different lengths as rows of one matrix; the last values are repeated."
@@ -198,7 +204,8 @@ class QuantileStandardizer(Standardizer):
     def velocity_to_data(self, v, z):
         "The velocity of a state z, in the data's unit; zero where z lies in the jump of an atom."
         _, i, _ = self._segments(self.z, z)
-        slope = _rise(self.x, i)/_rise(self.z, i)
+        width = _rise(self.z, i)
+        slope = _rise(self.x, i)/torch.where(width > 0, width, 1.)
         whole = v.new_zeros(*v.shape[:-1], *self.shape)
         return whole.index_copy(-1, self.varying, (v*slope.T).to(v)).to(self.mean)
 

@@ -55,6 +55,19 @@ def test_many_rows_keep_a_bounded_number_of_knots():
     assert_close(standardizer.to_data(standardizer.to_model(x)), x, atol=1e-4, rtol=1e-4)
 
 
+def test_atoms_survive_where_knots_are_left_out():
+    rng = numpy.random.default_rng(0)
+    rain = numpy.where(rng.random(30_000) < .5, 0., rng.gamma(2., 3., 30_000))
+    x = torch.tensor(numpy.stack([rain, rng.integers(0, 3, 30_000)], 1))
+    standardizer = QuantileStandardizer.of(x, "cpu")
+    assert standardizer.x.shape[1] <= 4096 + 2000
+    y = standardizer.to_data(torch.randn(30_000, 2, generator=torch.Generator().manual_seed(0)))
+    assert (y[:, 0] == 0).double().mean().item() == pytest.approx(.5, abs=.01)
+    assert set(y[:, 1].tolist()) == {0, 1, 2}
+    beyond = torch.full((1, 2), 9.)
+    assert standardizer.velocity_to_data(torch.ones(1, 2), beyond).isfinite().all()
+
+
 def test_velocities_follow_the_chain_rule():
     x = table(500)[:, :1]
     standardizer = QuantileStandardizer.of(x, "cpu")
