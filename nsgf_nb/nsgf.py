@@ -19,7 +19,7 @@ from .flow import FlowSettings, PoolRecipe, TrajectoryPool, beside, visited_time
 from .semidiscrete import check_plan
 from .settings import setting
 
-# %% ../nbs/07_nsgf.ipynb #302461b4
+# %% ../nbs/07_nsgf.ipynb #1e67f64e
 @dataclass(frozen=True)
 class NSGFConfig(FieldConfig):
     "Settings of an `NSGF` run."
@@ -31,7 +31,7 @@ class NSGFConfig(FieldConfig):
     blur_unit: str = setting("std", choices=("std", "data"))  # the data's deviation, or its unit
     minibatch: int = setting(256, at_least=1)  # particles n in each flow of the pool
     pool_size: int = setting(2**19, at_least=1)  # source–target pairs in the pool, at most, …
-    pool_mb: int = setting(512, at_least=1)  # … what fits into so many MB, one for each state
+    pool_mb: int = setting(512, at_least=1)  # … what fits into so many MB, a pair for each state
     tol: float = setting(1e-2, above=0)  # L1 marginal error of the Sinkhorn solves
     self_term: str = setting("same", choices=("same", "masked", "independent"))
     population: int = setting(2**16, at_least=2)  # of "population": data points at most
@@ -61,12 +61,14 @@ class NSGF(VelocityModel):
         if c.coupling == "population":
             return self._population_batches(sampler, progress, plan)
         start = time.perf_counter()
-        pool = TrajectoryPool() if pool is None else pool
+        pairs = c.pool_size
+        if pool is None:  # one of this model alone
+            pool = TrajectoryPool()
+            pairs = min(pairs, sampler.steps*c.batch_size)
         flow = replace(self.flow_settings(sampler.standardizer), still=sampler.still)
-        states = sampler.steps*c.batch_size
         recipe = PoolRecipe(
             shape=sampler.shape, flow=flow,
-            pairs=min(c.pool_size, states), minibatch=c.minibatch, memory_mb=c.pool_mb, seed=c.seed,
+            pairs=pairs, minibatch=c.minibatch, memory_mb=c.pool_mb, seed=c.seed,
             about=dict(data=sampler.standardizer.fingerprint, flip=c.flip))
         pool.build(recipe, sampler, self.device, progress)
         self.seconds["pool"] = time.perf_counter() - start

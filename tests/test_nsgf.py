@@ -483,3 +483,20 @@ def test_shipped_weights_make_images():
 def test_shipped_weights_of_another_kind():
     with pytest.raises(ValueError, match="'NSGFPlusPlus'.*not 'NSGF'"):
         NSGF.from_pretrained("digits")
+
+
+def test_a_pool_is_no_larger_than_the_states_that_are_drawn(monkeypatch):
+    "Unless it is given, for then others may draw from it, too."
+    data = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
+    settings = dict(train_steps=4, batch_size=32, width=8, depth=1, device="cpu", pool_size=2**12,
+                    minibatch=32)
+    sizes = []
+    build = TrajectoryPool.build
+
+    def counted(pool, recipe, *arguments):
+        sizes.append(recipe.capacity)
+        return build(pool, recipe, *arguments)
+    monkeypatch.setattr(TrajectoryPool, "build", counted)
+    NSGF(**settings).fit(data, progress=False)
+    NSGF(**settings).fit(data, progress=False, pool=TrajectoryPool())
+    assert sizes == [4*32, 2**12]
