@@ -76,7 +76,7 @@ class Classes:
         shown = ", ".join(map(repr, self.values[:10]))
         return shown if len(self) <= 10 else f"{shown}, … ({len(self)} in all)"
 
-# %% ../nbs/15b_conditions.ipynb #b7cee82a
+# %% ../nbs/15b_conditions.ipynb #ab3b6378
 def _as_array(value, name):
     "A NumPy array of integers, truth values, words or finite floats."
     array = value.cpu().numpy() if isinstance(value, Tensor) else numpy.asarray(value)
@@ -129,11 +129,14 @@ def classes_of(
 ) -> list:  # (N,), tuples if several columns hold classes; None if none does
     "The class of each row."
     given, _ = _by_name(condition)
-    columns = [array.tolist() for array in map(_as_array, given.values(), given)
-               if array.dtype.kind != "f"]
-    if not columns:
-        return None
-    return columns[0] if len(columns) == 1 else list(zip(*columns))
+    return _combined([array.tolist() for array in map(_as_array, given.values(), given)
+                      if array.dtype.kind != "f"])
+
+def _combined(columns):
+    "Several columns of classes as one; None for no column."
+    if len(columns) > 1:
+        return list(zip(*columns))
+    return columns[0] if columns else None
 
 class Conditions:
     "What the conditions of a model may be."
@@ -176,17 +179,21 @@ class Conditions:
             numbers = conditions.numbers.to_model(numbers)
         return conditions, indices, numbers
 
-    def _parse(self, condition, n):
-        "Classes of n rows as a list, or None; their numbers (n, k), or None."
+    def _columns_of(self, condition, n):
+        "The columns for n rows: name -> a list of classes, or numbers (n, k)."
         given, named = _by_name(condition)
         if named != self.named or set(given) != set(self.columns):
             came = f"a dict of {', '.join(given)}" if named else type(condition).__name__
             raise ValueError(f"condition must be {self._expected()}, got {came}")
-        words = [_as_words(given[name], n, name) for name, k in self.columns.items() if not k]
-        numbers = [_as_numbers(given[name], n, k, name) for name, k in self.columns.items() if k]
-        if len(words) > 1:
-            words = [list(zip(*words))]
-        return words[0] if words else None, torch.cat(numbers, 1) if numbers else None
+        return {name: _as_numbers(given[name], n, k, name) if k else _as_words(given[name], n, name)
+                for name, k in self.columns.items()}
+
+    def _parse(self, condition, n):
+        "Classes of n rows as a list, or None; their numbers (n, k), or None."
+        columns = self._columns_of(condition, n)
+        words = [columns[name] for name, k in self.columns.items() if not k]
+        numbers = [columns[name] for name, k in self.columns.items() if k]
+        return _combined(words), torch.cat(numbers, 1) if numbers else None
 
     def _expected(self):
         if self.named:
@@ -209,11 +216,8 @@ class Conditions:
         n: int,
     ):  # the same, with an entry for each sample
         "A condition whose values stand for one sample each."
-        given, _ = _by_name(condition)
-        self._parse(condition, n)
-        whole = {name: _as_numbers(given[name], n, k, name).numpy() if k
-                 else numpy.array(_as_words(given[name], n, name))
-                 for name, k in self.columns.items()}
+        columns = self._columns_of(condition, n)
+        whole = {name: numpy.asarray(column) for name, column in columns.items()}
         return whole if self.named else whole["condition"]
 
     def value_of(

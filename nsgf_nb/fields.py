@@ -22,7 +22,7 @@ from .semidiscrete import SemidiscretePlan, population_pairs
 from .settings import DensityScores, as_seed, setting
 from .training import Loop, TrainConfig, seeded
 
-# %% ../nbs/06f_fields.ipynb #85691efc
+# %% ../nbs/06f_fields.ipynb #31009981
 @dataclass(frozen=True)
 class FieldConfig(TrainConfig):
     "Settings of a model whose network is a velocity field."
@@ -187,7 +187,7 @@ class VelocityModel(Model, DensityScores):
         if self.source != "normal":
             raise ValueError("log_prob needs the density of the source, and is for the normal one; "
                              "this model was trained from a source of its own")
-        x = check_sample("x", as_points(x, "x"), self.standardizer.shape)
+        x = self._samples(x, "x")
         z = self.standardizer.to_model(x)
         c = self.config
         if probes is None:
@@ -213,9 +213,12 @@ class VelocityModel(Model, DensityScores):
 
     def to_model(self, x, name="x") -> Tensor:
         "Samples in the model's unit, from an array of any kind in the data's unit."
+        return self.standardizer.to_model(self._samples(x, name))
+
+    def _samples(self, x, name):
+        "An array of any kind as samples (n, *shape), checked, in the data's unit."
         self.require_net()
-        x = check_sample(name, as_points(x, name), self.standardizer.shape)
-        return self.standardizer.to_model(x)
+        return check_sample(name, as_points(x, name), self.standardizer.shape)
 
     def to_frame(
         self,

@@ -29,7 +29,7 @@ class FourierFeatures(nn.Module):
         phase = x @ self.omega
         return torch.cat([x, phase.sin(), phase.cos()], 1)
 
-# %% ../nbs/05b_mlp.ipynb #868a7eab
+# %% ../nbs/05b_mlp.ipynb #24d312f3
 class ConditionalNet(nn.Module):
     "A network that may be given a label, numbers, or both, beside x and t."
 
@@ -42,8 +42,8 @@ class ConditionalNet(nn.Module):
         super().__init__()
         self.classes = classes
         self.count = numbers
-        if classes:
-            self.label = nn.Embedding(classes, width)
+        self.label = nn.Embedding(classes, width) if classes else None
+        self.numbers = None
         if numbers:
             omega = torch.randn(numbers + 1, 16, generator=torch.Generator().manual_seed(1))
             self.numbers = nn.Sequential(FourierFeatures(math.pi/2*omega),
@@ -54,8 +54,7 @@ class ConditionalNet(nn.Module):
         given: tuple,  # the label (B,) int64, then the numbers and their flag (B, k + 1)
     ) -> Tensor | float:  # (B, width), or 0 without a condition
         "One vector for all that is given. Raises `ValueError` where something lacks."
-        parts = [part for part in (getattr(self, "label", None), getattr(self, "numbers", None))
-                 if part is not None]
+        parts = [part for part in (self.label, self.numbers) if part is not None]
         if len(given) != len(parts):
             raise ValueError(f"this network has {self.classes} classes and {self.count} numbers: "
                              f"it takes {len(parts)} tensors beside x and t, got {len(given)}")

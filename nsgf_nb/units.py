@@ -120,7 +120,7 @@ def _check_variation(deviation, mean, constant, dtype):
     raise ValueError(f"data varies{where} by {deviation[bad][0]:.3g} around {offset[bad][0]:.3g}, "
                      f"too little for {dtype}: pass float64, or subtract the offset")
 
-# %% ../nbs/14b_units.ipynb #2a9e13c4
+# %% ../nbs/14b_units.ipynb #a8b2b4d4
 _MOST_KNOTS = 4096
 
 def _knots_of(column):
@@ -169,7 +169,7 @@ class QuantileStandardizer(Standardizer):
         self.z = z
 
     @classmethod
-    def of(cls, x, device, scale="quantile"):
+    def of(cls, x, device):
         "The standardizer of a table (n, D)."
         if x.ndim != 2:
             raise ValueError(f"scale='quantile' is for tables (n, D), got {tuple(x.shape)}")

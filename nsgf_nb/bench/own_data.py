@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'HELD_OUT', 'read_samples', 'split_rows', 'are_images', 'd
            'write_rows', 'condition_from_words', 'sample_rows', 'compare_samples', 'classifier_auc', 'show_columns',
            'evaluate_file', 'register_fit']
 
-# %% ../../nbs/49c_own_data.ipynb #c5fdf9cd
+# %% ../../nbs/49c_own_data.ipynb #3660d0a0
 import ast
 import math
 from collections import Counter
@@ -25,10 +25,10 @@ from ..images import class_names, load_images
 from ..metrics import Estimate, ratio, sw2, w2
 from ..nsgf import NSGF
 from ..runs.checkpoints import LongRun
-from ..tables import SUFFIXES, Table, read_data
+from ..tables import MOST_LEVELS, SUFFIXES, Table, read_data
 from ..training import training_steps
 
-# %% ../../nbs/49c_own_data.ipynb #d64751b1
+# %% ../../nbs/49c_own_data.ipynb #932d4cbd
 METHODS = {"nsgf": (NSGF, {}), "ot-cfm": (FlowMatching, dict(coupling="ot", pool_size=2**16)),
            "fm": (FlowMatching, {})}
 HELD_OUT = .1  # share of the rows that are not trained on
@@ -54,10 +54,8 @@ def _choose_columns(frame, columns, drop, drop_missing):
     frame = frame.drop(columns=list(drop or ()))
     return frame.dropna() if drop_missing else frame
 
-_MOST_LEVELS = 20  # a column of more whole numbers than these is one of numbers, not of classes
-
 def _conditions_in(frame, names):
-    "The columns that are conditions: name -> values, those of numbers as floats."
+    "The columns that are conditions: name -> values; many whole numbers are floats, no classes."
     _check_columns(frame, names)
     conditions = {}
     for name in names:
@@ -65,7 +63,7 @@ def _conditions_in(frame, names):
         if values.isna().any():
             raise ValueError(f"column {name!r} has missing values: --drop-missing leaves out its "
                              f"rows")
-        if getattr(values.dtype, "kind", "O") in "iu" and values.nunique() > _MOST_LEVELS:
+        if getattr(values.dtype, "kind", "O") in "iu" and values.nunique() > MOST_LEVELS:
             values = values.astype("float64")
         conditions[name] = values.to_numpy()
     return conditions
