@@ -288,7 +288,7 @@ class Conditions:
             numbers = Standardizer(mean, scale)
         return cls(dict(about["columns"]), bool(about["named"]), classes, numbers)
 
-# %% ../nbs/15b_conditions.ipynb #f4693071
+# %% ../nbs/15b_conditions.ipynb #e380cf55
 class CarriedNumbers(PairSampler):
     "Source and target (n, D + k): points, and the numbers of a condition as coordinates that stay."
 
@@ -302,16 +302,12 @@ class CarriedNumbers(PairSampler):
         standardizer: Standardizer,  # of the data
         source_numbers: Tensor = None,  # of each row of the source (M, k); None: those of the data
     ):
-        if config.flip or config.scale == "quantile":
-            raise ValueError("flip must be False, and scale not 'quantile', where the condition "
-                             "has numbers")
+        if config.flip:
+            raise ValueError("flip must be False where the condition has numbers")
         self.still = numbers.shape[1]
         self.own_numbers = source_numbers is not None
-        mean = standardizer.mean.flatten()
-        scale = standardizer.scale.expand_as(mean)
-        beta = mean.new_full((self.still,), config.condition_weight)
-        joint = Standardizer(torch.cat([mean, torch.zeros_like(beta)]),
-                             torch.cat([scale, beta.rsqrt()]), standardizer.fingerprint)
+        beta = standardizer.mean.new_full((self.still,), config.condition_weight)
+        joint = standardizer.beside(beta.rsqrt())
         super().__init__(_beside(rows, numbers), self._joined(source, source_numbers), config,
                          device, joint)
         self.normal = False
@@ -353,7 +349,7 @@ def keep_still(
 def _with_last(x, stays, k):
     return torch.cat([x[:, :-k], stays[:, -k:]], 1)
 
-# %% ../nbs/15b_conditions.ipynb #b0976c3e
+# %% ../nbs/15b_conditions.ipynb #5f3ece17
 def flagged(
     numbers: Tensor,  # (n, k)
 ) -> Tensor:  # (n, k + 1)
@@ -389,28 +385,28 @@ def without_numbers(
     return z[:, :-still].unflatten(1, shape), t, velocity[:, :-still].unflatten(1, shape), numbers
 
 def joined_batches(
-    parts: list,  # iterators of (x, t, target) or (x, t, target, numbers), one for each class
+    parts: list,  # iterators as from `Part.batches`
     drop: float = 0.,  # share of the states whose condition is dropped
+    no_class: int = 0,  # label of a state whose class is dropped
     generator: torch.Generator = None,  # of what is dropped
-    labelled: bool = True,  # do the batches carry the index of their class?
 ) -> Batches:  # of (x, t, target, label, numbers), or without one of the last two
     "One batch out of a batch of each class."
     def draw():
-        batches = [next(part) for part in parts]
-        x, t, target, *numbers = (torch.cat(tensors) for tensors in zip(*batches))
-        labels = []
-        if labelled:
-            sizes = torch.tensor([len(batch[0]) for batch in batches])
-            labels = [torch.arange(len(parts)).repeat_interleave(sizes).to(x.device)]
+        x, t, target, *given = map(torch.cat, zip(*map(next, parts)))
         if drop:
             dropped = (torch.rand(len(x), generator=generator) < drop).to(x.device)
-            labels = [label.masked_fill(dropped, len(parts)) for label in labels]
-            numbers = [c.masked_fill(dropped[:, None], 0) for c in numbers]
-        return x, t, target, *labels, *numbers
+            given = [_without(c, dropped, no_class) for c in given]
+        return x, t, target, *given
     streams = [stream for part in parts for stream in part.streams]
     return Batches(draw, [*streams, generator] if drop else streams)
 
-# %% ../nbs/15b_conditions.ipynb #ed9f7d5c
+def _without(c, rows, no_class):
+    "Labels (n,) or numbers (n, k + 1), unknown in some rows."
+    if c.ndim == 1:
+        return c.masked_fill(rows, no_class)
+    return c.masked_fill(rows[:, None], 0)
+
+# %% ../nbs/15b_conditions.ipynb #7e444805
 @dataclass
 class Part:
     "The rows of one class."
@@ -418,6 +414,7 @@ class Part:
     numbers: Tensor = None  # of each row (N, k), in the model's unit
     source: object = None  # as for `fit`
     source_numbers: Tensor = None  # of each row of the source (M, k)
+    label: int = None  # index of the class; None: there are no classes
 
     def batches(
         self,
@@ -425,19 +422,25 @@ class Part:
         standardizer: Standardizer,  # of all data
         progress: bool,
         options: dict,  # for `model.make_batches`
-    ) -> Batches:  # of (x, t, target) or (x, t, target, numbers)
+    ) -> Batches:  # of (x, t, target, label, numbers), or without one of the last two
         "What a model learns from, for this class."
         c, device = model.config, model.device
         if self.numbers is None:
             sampler = PairSampler(self.rows, self.source, c, device, standardizer)
-            return model.make_batches(sampler, progress, **options)
-        sampler = CarriedNumbers(self.rows, self.numbers, self.source, c, device, standardizer,
-                                 self.source_numbers)
+        else:
+            sampler = CarriedNumbers(self.rows, self.numbers, self.source, c, device, standardizer,
+                                     self.source_numbers)
         batches = model.make_batches(sampler, progress, **options)
 
         def draw():
-            return without_numbers(next(batches), standardizer.model_shape, sampler.still,
-                                   c.condition_weight)
+            x, t, target, *numbers = next(batches)
+            if self.numbers is not None:
+                x, t, target, *numbers = without_numbers(
+                    (x, t, target), standardizer.model_shape, sampler.still, c.condition_weight)
+            labels = []
+            if self.label is not None:
+                labels = [torch.full_like(t, self.label, dtype=torch.long)]
+            return x, t, target, *labels, *numbers
         return Batches(draw, batches.streams)
 
 @dataclass
@@ -460,17 +463,17 @@ class Condition:
                             f"{type(data).__name__}")
         x = as_points(data)
         kinds, indices, numbers = Conditions.of(condition, len(x))
-        count = 1 if kinds.classes is None else len(kinds.classes)
+        labels = [None] if kinds.classes is None else range(len(kinds.classes))
         own = None, None
         if source_condition is not None:
             own = kinds.read(source_condition, len(source))
         parts = []
-        for k in range(count):
+        for k in labels:
             of_source = source
             if own[0] is not None:
                 of_source = _of_class(source, own[0], k)
             parts.append(Part(_of_class(x, indices, k), _of_class(numbers, indices, k), of_source,
-                              _of_class(own[1], own[0], k)))
+                              _of_class(own[1], own[0], k), k))
         return cls(kinds, parts)
 
 def _of_class(x, indices, k):

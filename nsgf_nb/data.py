@@ -268,7 +268,7 @@ def _checked_function(function, name):
         draw.set_state = function.set_state
     return draw
 
-# %% ../nbs/15_data.ipynb #aed4cdf1
+# %% ../nbs/15_data.ipynb #f123b486
 class PairSampler:
     "Draws of source and target in the model's unit, and the random streams behind them."
     still = 0  # last coordinates that do not move, such as a condition's
@@ -300,6 +300,9 @@ class PairSampler:
         self.streams += [sampler for sampler in samplers if hasattr(sampler, "get_state")]
         deck = self._draw_data
         self.rows = len(deck.x) if isinstance(deck, ShuffledRows) else None  # None: no end
+        self.array = None  # the rows (N, *shape), if they are in memory
+        if self.rows is not None and isinstance(deck.x, Tensor):
+            self.array = deck.x
         if standardizer is None:
             standardizer = Standardizer.of(self._rows(2**14), device, config.scale)
         self.standardizer = standardizer

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Model']
 
-# %% ../nbs/06e_models.ipynb #68ef15ae
+# %% ../nbs/06e_models.ipynb #68e8373e
 import json
 import math
 import warnings
@@ -23,6 +23,7 @@ from nsgf_nb.files import (
     with_prefix,
     without_prefix,
 )
+from .held_out import HeldOut, divide_condition, divide_rows
 from .settings import Configurable, replace_settings
 from nsgf_nb.training import (
     Loop,
@@ -34,7 +35,11 @@ from nsgf_nb.training import (
 )
 from .units import standardizer_from
 
-# %% ../nbs/06e_models.ipynb #8d49a4be
+# %% ../nbs/06e_models.ipynb #5e1ca38b
+_HELD_OUT_BATCHES = 16
+_LEAST_HELD_OUT = 100  # rows; fewer say too little, and could not be spared
+_MOST_HELD_OUT = 500
+
 class Model(Configurable, Pretrained):
     "A network that is trained on data; subclasses say from which batches."
     Config = TrainConfig
@@ -60,6 +65,7 @@ class Model(Configurable, Pretrained):
         self.source = "normal"  # or "given"
         self.given = None  # what came to fit as its source
         self.losses = None  # of every training step (steps,)
+        self.held_out = None  # `HeldOut` of the last training, if there was one
         self.seconds = {}  # of each phase of fit, by name
 
     def get_params(self, deep: bool = True) -> dict:  # name -> value
@@ -104,42 +110,71 @@ class Model(Configurable, Pretrained):
         "An iterator of the batches to learn from, in the model's unit."
         raise NotImplementedError(f"{type(self).__name__} does not say what it learns from")
 
-    def make_trainer(self, sampler, progress, steps_remain=True, condition=None, **options):
+    def make_trainer(self, sampler, progress, steps_remain=True, condition=None, held_out=None,
+                     **options):
         "The trainer of a fresh network; it needs no batches if no steps remain."
         c = self.config
         inputs = {} if condition is None else condition.kinds.inputs
         net = self.make_network(sampler.shape, **inputs).to(self.device, torch.float32)
         batches = ()
-        if steps_remain and condition is None:
-            batches = self.make_batches(sampler, progress, **options)
-        elif steps_remain:
-            batches = self._conditional_batches(sampler, condition, progress, options)
+        if steps_remain:
+            batches = self._batches(sampler, condition, progress, options)
         graph = c.graph and self.device.type == "cuda"
         return Trainer(net, batches, sampler.steps, c.lr, c.ema, c.clip, c.bf16,
-                       c.compile and steps_remain, graph)
+                       c.compile and steps_remain, graph, held_out=held_out)
 
-    def _conditional_batches(self, sampler, condition, progress, options):
-        "Batches of all classes, each made by a model of its own settings for one class."
+    def _batches(self, sampler, condition, progress, options):
+        "Batches of the sampler; with a condition, of all its classes, each by a model of its own."
+        if condition is None:
+            return self.make_batches(sampler, progress, **options)
         c = self.config
         for name in ("pool", "plan"):
             if options.get(name) is not None:
                 raise ValueError(f"{name} must be None where condition is given: each class has "
                                  f"its own")
-        classes = condition.kinds.classes
-        shares = [1.] if classes is None else classes.shares
-        parts = []
+        rows = sum(len(part.rows) for part in condition.parts)
+        shares = [len(part.rows)/rows for part in condition.parts]
         sizes = class_sizes(shares, c.batch_size)
+        parts = []
         for k, (part, share, size) in enumerate(zip(condition.parts, shares, sizes)):
-            settings = dict(batch_size=size, seed=c.seed + 1000*k,
-                            train_steps=sampler.steps)
+            settings = dict(batch_size=size, seed=c.seed + 1000*k, train_steps=sampler.steps)
             if hasattr(c, "pool_size"):
                 settings["pool_size"] = math.ceil(c.pool_size*share)
             model = type(self)(replace(c, **settings), self.device)
             parts.append(part.batches(model, sampler.standardizer, progress, options))
             for phase, seconds in model.seconds.items():
                 self.seconds[phase] = self.seconds.get(phase, 0.) + seconds
+        no_class = condition.kinds.inputs["classes"] - 1
         generator = torch.Generator().manual_seed(c.seed)
-        return joined_batches(parts, c.drop_condition, generator, classes is not None)
+        return joined_batches(parts, c.drop_condition, no_class, generator)
+
+    def _divide(self, sampler, condition, source, options):
+        "Sampler and condition to train on, and those of what is held out, or None."
+        c = self.config
+        x = sampler.array
+        fixed = c.train_steps or any(option is not None for option in options.values())
+        if x is None or fixed or c.hold_out*len(x) < _LEAST_HELD_OUT:
+            return (sampler, condition), None
+        share = min(c.hold_out, _MOST_HELD_OUT/len(x))
+        if condition is None:
+            kept, held_out = (PairSampler(x[rows], source, c, self.device, sampler.standardizer)
+                              for rows in divide_rows(len(x), share, c.seed))
+            kept.steps = sampler.steps
+            return (kept, None), (held_out, None)
+        kept, held_out = divide_condition(condition, share, c.seed)
+        if sum(len(part.rows) for part in held_out.parts) < _LEAST_HELD_OUT:
+            return (sampler, condition), None
+        return (sampler, kept), (sampler, held_out)
+
+    def _states_of(self, sampler, condition):
+        "Fixed batches of what is held out."
+        c = self.config
+        settings = dict(seed=c.seed + 500, train_steps=sampler.steps)
+        if hasattr(c, "pool_size"):
+            settings["pool_size"] = _HELD_OUT_BATCHES*c.batch_size
+        model = type(self)(replace(c, **settings), self.device)
+        batches = model._batches(sampler, condition, False, {})
+        return [next(batches) for _ in range(_HELD_OUT_BATCHES)]
 
     def fit(
         self,
@@ -161,18 +196,24 @@ class Model(Configurable, Pretrained):
         with seeded(config.seed), loop:
             sampler = PairSampler(data, source, config, self.device)
             self.seconds = {}
-            steps_remain = loop.steps_done() < sampler.steps
             given = None
             if condition is not None:
                 given = condition
                 if not isinstance(condition, Condition):
                     given = Condition.of(data, condition, source)
+            (sampler, given), rest = self._divide(sampler, given, source, options)
+            steps_remain = loop.steps_done() < sampler.steps
+            if given is not None:
                 options["condition"] = given
+            if rest is not None:
+                states = self._states_of(*rest) if steps_remain else []
+                options["held_out"] = HeldOut(states, max(10, sampler.steps//50))
             trainer = self.make_trainer(sampler, progress, steps_remain, **options)
             trainer.settings = self._identity(sampler, source, given)
             trainer.phases = self.seconds
             result = loop(trainer, progress)
         self._keep(result, sampler, source)
+        self.held_out = options.get("held_out")
         self.conditions = None if given is None else given.kinds
         self.columns = column_names(data)
         if progress:
@@ -204,7 +245,10 @@ class Model(Configurable, Pretrained):
     def _summary(self):
         phases = ", ".join(f"{phase} {s:.1f} s" for phase, s in self.seconds.items())
         rate = len(self.losses)*self.config.batch_size/self.seconds["training"]
-        return (f"{type(self).__name__}: {phases} ({len(self.losses):,} steps, "
+        best = ""
+        if self.held_out is not None:
+            best = f", best on held-out rows after {self.held_out.best_step:,}"
+        return (f"{type(self).__name__}: {phases} ({len(self.losses):,} steps{best}, "
                 f"{rate:,.0f} samples/s)")
 
     def batches(

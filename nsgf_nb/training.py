@@ -27,13 +27,14 @@ from .files import with_prefix, without_prefix
 from .mlp import MLP
 from .settings import check_settings, setting
 
-# %% ../nbs/06_training.ipynb #78de07bf
-SCALES = ("auto", "feature", "global", "quantile", "none")
+# %% ../nbs/06_training.ipynb #0d377cd7
+SCALES = ("auto", "feature", "global", "quantile", "mixed", "none")
 
 @dataclass(frozen=True)
 class TrainConfig:
     "Settings of a network and its training. The paper's own are not known to us: all are chosen."
-    train_steps: int = setting(0, at_least=0)  # optimiser steps; 0: from the size of the data
+    train_steps: int = setting(0, at_least=0)  # optimiser steps; 0: from the size of the data, …
+    hold_out: float = setting(.1, at_least=0, below=1)  # … stopped by this share of its rows
     batch_size: int = setting(1024, at_least=1)  # states in each
     lr: float = setting(2e-3, above=0)  # highest learning rate
     ema: float = setting(.999, at_least=0, below=1)  # decay of the moving average of the weights
@@ -155,7 +156,7 @@ def matching_loss(
     "Mean of ‖v(x, t) − target‖² over all entries (Algorithm 1)."
     return (net(x, t, *given).float() - target).square().mean()
 
-# %% ../nbs/06_training.ipynb #06-015
+# %% ../nbs/06_training.ipynb #bcbdcf07
 class Steps:
     "An iterator of steps that have a loss each, as a `Loop` runs it."
 
@@ -196,11 +197,15 @@ class Steps:
         self.step = len(losses)
         self._losses[:self.step] = losses
 
+    def trained_net(self) -> nn.Module:
+        "What the steps have made so far: the network with averaged weights."
+        return self.average.module
+
     def shown(self, loss: float) -> dict:  # name -> text
         "What a bar shows."
         return dict(loss=f"{loss:.4f}")
 
-# %% ../nbs/06_training.ipynb #06-016
+# %% ../nbs/06_training.ipynb #88f02194
 class Trainer(Steps):
     "An iterator of optimiser steps that gives the loss of each."
 
@@ -218,6 +223,7 @@ class Trainer(Steps):
         weight_decay: float = 0.,  # of AdamW
         loss=matching_loss,  # function of the network and the tensors of a batch
         settings: dict = None,  # what must be equal when a checkpoint is resumed
+        held_out=None,  # `HeldOut`, which may stop the training; None: it takes all its steps
     ):
         device = next(net.parameters()).device
         super().__init__(steps, device, settings)
@@ -230,6 +236,7 @@ class Trainer(Steps):
         self.clip = clip
         self.bf16 = bf16
         self.loss = loss
+        self.held_out = held_out
         self.average = AveragedModel(net)
         self.average_weight = 1.
         self.captured = None
@@ -243,6 +250,10 @@ class Trainer(Steps):
         if compile:
             self.forward = _compiled(self)
 
+    @property
+    def done(self):
+        return super().done or self.held_out is not None and self.held_out.stops
+
     def __next__(self) -> Tensor:  # the loss, a scalar without a graph
         if self.done:
             raise StopIteration
@@ -255,7 +266,10 @@ class Trainer(Steps):
         except (RuntimeError, MemoryError) as error:
             explain_memory(error, lambda n: self.gradient(*(u[:n] for u in batch)), len(batch[0]))
             raise
-        return self.record(loss)
+        self.record(loss)
+        if self.held_out is not None:
+            self.held_out.look(self)
+        return self.losses[-1]
 
     def _set_rates(self):
         "The learning rate, and the weight in the average, of the step that comes."
@@ -286,6 +300,13 @@ class Trainer(Steps):
         loss.backward()
         return loss.detach()
 
+    def trained_net(self):
+        "The network with averaged weights: the newest, or those that were best on held-out states."
+        net = super().trained_net()
+        if self.held_out is not None and self.held_out.weights:
+            net.load_state_dict(self.held_out.weights)
+        return net
+
     def _next_batch(self):
         try:
             return next(self.batches)
@@ -302,6 +323,8 @@ class Trainer(Steps):
         state |= with_prefix("optimiser", optimiser_tensors(self.optimiser))
         if hasattr(self.batches, "state_dict"):
             state |= with_prefix("batches", self.batches.state_dict())
+        if self.held_out is not None:
+            state |= with_prefix("held_out", self.held_out.state_dict())
         return state
 
     def load_state_dict(self, state: dict):
@@ -313,6 +336,8 @@ class Trainer(Steps):
             self.captured = CapturedStep(self.update)
         if hasattr(self.batches, "load_state_dict"):
             self.batches.load_state_dict(without_prefix("batches", state))
+        if self.held_out is not None:
+            self.held_out.load_state_dict(without_prefix("held_out", state))
         torch.default_generator.set_state(state["rng"])
         if self.device.type == "cuda" and "rng_cuda" in state:
             torch.cuda.set_rng_state(state["rng_cuda"], self.device)
@@ -435,7 +460,7 @@ class Loop:
                 interrupted = KeyboardInterrupt
         return fit_result(trainer, time.perf_counter() - start, interrupted)
 
-# %% ../nbs/06_training.ipynb #06-023
+# %% ../nbs/06_training.ipynb #0668bfa9
 def progress_bar(trainer, progress, desc):
     "A tqdm bar that begins where the trainer stands."
     return tqdm(total=trainer.steps, initial=trainer.step, desc=desc, disable=not progress,
@@ -461,4 +486,4 @@ def fit_result(trainer, seconds, interrupted=None, hint="") -> FitResult:
     for step, loss in _recent_losses(trainer, trainer.step - trainer.read_interval, trainer.step):
         check_loss(loss, step, hint)
     losses = trainer.losses.cpu().clone()
-    return FitResult(trainer.average.module, losses, seconds, interrupted)
+    return FitResult(trainer.trained_net(), losses, seconds, interrupted)

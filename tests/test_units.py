@@ -133,6 +133,49 @@ def test_what_has_no_quantiles():
         FlowMatching(**TINY, scale="quantile").fit(torch.randn(9, 1, 8, 8), progress=False)
     with pytest.raises(ValueError, match="needs a column that varies"):
         FlowMatching(**TINY, scale="quantile").fit(torch.ones(9, 2), progress=False)
-    with pytest.raises(ValueError, match="scale not 'quantile'"):
-        FlowMatching(**TINY, scale="quantile").fit(table(), condition=torch.rand(2000),
-                                                   progress=False)
+
+
+def test_mixed_has_quantiles_where_a_value_is_frequent(tmp_path):
+    x = torch.cat([table(), (torch.arange(2000) % 2)[:, None].double()], 1)
+    standardizer = Standardizer.of(x, "cpu", "mixed")
+    z = standardizer.to_model(x)
+    whole = Standardizer.of(x, "cpu", "quantile").to_model(x)
+    straight = Standardizer.of(x, "cpu", "feature").to_model(x)
+    assert_close(z[:, [0, 3]], straight[:, [0, 3]], rtol=1e-5, atol=1e-6)  # tails, two values
+    assert_close(z[:, [1, 2]], whole[:, [1, 2]])  # rain, whole numbers
+    assert_close(standardizer.to_data(z), x, rtol=1e-5, atol=1e-4)
+    beyond = standardizer.to_data(torch.tensor([[20., 0, 0, 0]]))
+    assert beyond[0, 0].item() == pytest.approx((20*x[:, 0].std() + x[:, 0].mean()).item(), rel=.01)
+    assert isinstance(Standardizer.of(x[:, [0, 3, 4]], "cpu", "mixed"), Standardizer)
+    model = NSGF(**TINY, scale="mixed").fit(x, progress=False)
+    model.save(tmp_path/"m.safetensors")
+    assert torch.equal(NSGF.load(tmp_path/"m.safetensors", "cpu").sample(50), model.sample(50))
+
+
+def test_without_frequent_values_mixed_is_feature():
+    x = table()[:, [0, 3]]
+    own, feature = (Standardizer.of(x, "cpu", scale) for scale in ("mixed", "feature"))
+    assert type(own) is Standardizer and torch.equal(own.to_model(x), feature.to_model(x))
+
+
+def test_columns_beside_keep_their_place():
+    x = table()
+    numbers = torch.randn(2000, 2, dtype=torch.float64)
+    for scale in ("feature", "quantile", "mixed"):
+        own = Standardizer.of(x, "cpu", scale)
+        joint = own.beside(torch.tensor([.5, 2.], dtype=torch.float64))
+        z = joint.to_model(torch.cat([x, numbers], 1))
+        assert_close(z, torch.cat([own.to_model(x), numbers/torch.tensor([.5, 2.])], 1).float(),
+                     rtol=1e-5, atol=1e-5)
+        assert_close(joint.to_data(z)[:, :4], own.to_data(own.to_model(x)))
+
+
+def test_quantiles_with_numbers_as_condition():
+    x = table()
+    settings = TINY | dict(train_steps=300, batch_size=256, width=64, depth=2, ema=.99)
+    for scale in ("quantile", "mixed"):
+        model = FlowMatching(**settings, scale=scale).fit(x[:, 1:], condition=x[:, 0],
+                                                          progress=False)
+        y = model.sample(1000, condition=0.)
+        assert (y[:, 0] == 0).double().mean().item() == pytest.approx(.5, abs=.15)
+        assert set(y[:, 1].tolist()) <= {0, 1, 2, 3, 4} and (y[:, 2] == 3).all()

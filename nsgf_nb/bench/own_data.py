@@ -28,7 +28,7 @@ from ..runs.checkpoints import LongRun
 from ..tables import MOST_LEVELS, SUFFIXES, Table, read_data
 from ..training import training_steps
 
-# %% ../../nbs/49c_own_data.ipynb #932d4cbd
+# %% ../../nbs/49c_own_data.ipynb #ced166bf
 METHODS = {"nsgf": (NSGF, {}), "ot-cfm": (FlowMatching, dict(coupling="ot", pool_size=2**16)),
            "fm": (FlowMatching, {})}
 HELD_OUT = .1  # share of the rows that are not trained on
@@ -68,16 +68,6 @@ def _conditions_in(frame, names):
         conditions[name] = values.to_numpy()
     return conditions
 
-def _advice_on(column, values):
-    "Words about a number that many rows share, beside others that vary."
-    if column.kind not in ("number", "integer") or column.levels:
-        return ""
-    shares = values.value_counts(normalize=True)
-    if shares.iloc[0] < .05:
-        return ""
-    return (f" ({shares.iloc[0]:.0%} of the rows: {shares.index[0]:g}; --set scale=quantile "
-            f"draws this share exactly)")
-
 def _without_rare_classes(condition, rows):
     "Those rows whose class is that of another row, too; says which are left out."
     seen = classes_of(rows_of_condition(condition, rows))
@@ -114,7 +104,7 @@ def split_rows(
                          f"needed: --hold-out 0 trains on all")
     return order[held_out:], order[:held_out]
 
-# %% ../../nbs/49c_own_data.ipynb #de7d4330
+# %% ../../nbs/49c_own_data.ipynb #fc31a5cc
 def are_images(
     shape: tuple,  # of one sample
 ) -> bool:
@@ -131,7 +121,7 @@ def data_settings(
                     pool_mb=2048, blur=.25, sample_steps=10, sample_method="adams", time_power=2.)
     D = math.prod(shape)
     return dict(batch_size=256, width=192 if D <= 64 else 384, pool_size=2**16, sample_steps=20,
-                sample_method="adams")
+                sample_method="adams", scale="mixed" if len(shape) == 1 else "global")
 
 def _given_settings(words):
     "`name=value` words as a dict."
@@ -183,8 +173,8 @@ def fit_file(
         if words and (settings or {}).get("scale") == "quantile":
             raise ValueError(f"scale=quantile is for numbers, but {', '.join(words)} holds words: "
                              f"--drop leaves a column out, --label makes it a condition")
-        for column, name in zip(table.columns, frame.columns):
-            print(f"  {column.summary()}{_advice_on(column, frame[name])}")
+        for column in table.columns:
+            print(f"  {column.summary()}")
     elif columns or drop or drop_missing or label and condition is None:
         raise ValueError(f"--columns, --drop, --drop-missing and --label are for tables; {data} is "
                          f"an array")
@@ -197,7 +187,7 @@ def fit_file(
     print(f"{type(model).__name__} on {model.device}, seed {seed}: "
           + ", ".join(f"{name}={value!r}" for name, value in asdict(model.config).items()))
     steps = training_steps(model.config, len(train), math.prod(points.shape[1:]))
-    print(f"{steps:,} steps of {model.config.batch_size}")
+    print(f"at most {steps:,} steps of {model.config.batch_size}")
     checkpoint = out.with_name(out.name + ".checkpoint")
     options = {}
     if condition is not None:

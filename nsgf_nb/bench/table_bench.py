@@ -88,7 +88,7 @@ DATA = {
     "100,000 rows": lambda: _units(142_858), "500 columns": _many_columns,
 }
 
-# %% ../../nbs/49d_table_bench.ipynb #9e6db542
+# %% ../../nbs/49d_table_bench.ipynb #113f48b6
 def _kernel_density(train, device, steps):
     from sklearn.model_selection import GridSearchCV
     from sklearn.neighbors import KernelDensity
@@ -146,17 +146,17 @@ def _torchcfm(train, device, steps):
     return sample
 
 METHODS = {
-    "NSGF": _flow(NSGF),
-    "NSGF, quantile": _flow(NSGF, scale="quantile"),
-    "OT-CFM": _flow(FlowMatching, coupling="ot", pool_size=2**16),
-    "FM": _flow(FlowMatching),
+    "NSGF": _flow(NSGF, scale="auto"),
+    "nsgf fit": _flow(NSGF),
+    "OT-CFM": _flow(FlowMatching, scale="auto", coupling="ot", pool_size=2**16),
+    "FM": _flow(FlowMatching, scale="auto"),
     "torchcfm": _torchcfm,
     "KDE": _kernel_density,
     "GMM": _gaussian_mixture,
 }
-FLOWS = ("NSGF", "NSGF, quantile", "OT-CFM", "FM")
+FLOWS = ("NSGF", "nsgf fit", "OT-CFM", "FM")
 
-# %% ../../nbs/49d_table_bench.ipynb #3ff93eb1
+# %% ../../nbs/49d_table_bench.ipynb #5c6637b0
 def _classifiers(seed):
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.linear_model import LogisticRegression
@@ -194,7 +194,7 @@ def bench_data_set(
     name: str,  # one of `DATA`
     methods: tuple = tuple(METHODS),
     device=None,
-    steps: int = None,  # of the flows; None: those of `nsgf fit`
+    steps: int = None,  # of the flows; None: the most that `nsgf fit` takes
     draws: int = 3,  # of samples from each model
     most: int = 3000,  # rows on each side of the classifiers
 ) -> dict:  # sizes, and for each method its seconds and errors
@@ -208,13 +208,11 @@ def bench_data_set(
     mean, deviation = train.mean(0), train.std(0)
     deviation = numpy.where(deviation > 0, deviation, 1.)
     config = NSGF.Config(**data_settings(train.shape[1:]))
-    if steps is None:
-        steps = training_steps(config, len(train), math.prod(train.shape[1:]))
+    asked = steps or 0
+    steps = asked or training_steps(config, len(train), math.prod(train.shape[1:]))
     result = dict(name=name, shape=list(data.shape), train=len(train), held_out=len(held_out),
-                  steps=steps, methods={}, provenance=provenance(device))
+                  steps=steps, methods={})
     for method in methods:
-        if method == "NSGF, quantile" and train.ndim > 2:  # it is for tables
-            continue
         own_units = method in FLOWS  # these take the data as they are
         rows = train if own_units else (train - mean)/deviation
         if method in ("KDE", "GMM"):
@@ -223,13 +221,15 @@ def bench_data_set(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of scikit-learn's fits; the solver's, in the table
             try:
-                sample = METHODS[method](rows, device, steps)
+                sample = METHODS[method](rows, device, asked if method == "nsgf fit" else steps)
             except ImportError:
                 continue  # torchcfm is not installed: its row is missing
         seconds = time.perf_counter() - start
         measured = [_measure(sample, seed, own_units, table, mean, deviation, flat,
                              held_out.reshape(len(held_out), -1), most) for seed in range(draws)]
-        entry = dict(seconds=seconds)
+        entry = dict(seconds=seconds, provenance=provenance(device))
+        if method in FLOWS:
+            entry["steps"] = len(sample.model.losses)
         for key in measured[0]:
             values = numpy.array([m[key] for m in measured], dtype=float)
             entry[key] = dict(mean=float(values.mean()),
@@ -253,7 +253,7 @@ def _measure(sample, seed, own_units, table, mean, deviation, train, held_out, m
     real = held_out[:most]
     return _moment_errors(x, train) | _areas(real, x[:len(real)], seed)
 
-# %% ../../nbs/49d_table_bench.ipynb #49d-014
+# %% ../../nbs/49d_table_bench.ipynb #72ab44ec
 def register(
     kinds,  # subparsers of `nsgf bench`
 ):
@@ -270,10 +270,14 @@ def _command(args):
     quick = dict(steps=20, draws=1, most=50) if args.quick else {}
     for name in args.data:
         path = out/f"{name.replace(' ', '-').replace(',', '')}.json"
-        if path.is_file():
+        known = read_json(path) if path.is_file() else dict(methods={})
+        missing = [method for method in METHODS if method not in known["methods"]]
+        if not missing:
             print(f"{path} exists")
             continue
-        write_json(path, without_nan(bench_data_set(name, device=args.device, **quick)))
+        result = bench_data_set(name, missing, args.device, **quick)
+        result["methods"] = known["methods"] | result["methods"]
+        write_json(path, without_nan(known | result))
         print(f"wrote {path}", flush=True)
 
 def read_table_results(
