@@ -59,7 +59,7 @@ class TrainConfig:
     def __post_init__(self):
         check_settings(self)
 
-# %% ../nbs/06_training.ipynb #9d0d23aa
+# %% ../nbs/06_training.ipynb #2979f8d9
 def make_network(
     config: TrainConfig,
     shape: tuple,  # of one sample
@@ -84,7 +84,7 @@ def training_steps(
         return 20_000
     epochs = 1000
     if not config.channels:  # a perceptron recites rows of many numbers sooner
-        epochs = min(1000, 128_000//dimension)
+        epochs = min(1000, 100_000//dimension)
     return min(max(300, epochs*rows//config.batch_size), 20_000)
 
 def find_device(

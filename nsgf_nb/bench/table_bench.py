@@ -156,7 +156,7 @@ METHODS = {
 }
 FLOWS = ("NSGF", "nsgf fit", "OT-CFM", "FM")
 
-# %% ../../nbs/49d_table_bench.ipynb #5c6637b0
+# %% ../../nbs/49d_table_bench.ipynb #2b214cad
 def _classifiers(seed):
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.linear_model import LogisticRegression
@@ -239,8 +239,8 @@ def bench_data_set(
                 warnings.simplefilter("ignore")
                 entry["log_prob"] = float(sample.model.log_prob(held_out[:500], steps=50).mean())
         result["methods"][method] = entry
-        print(name, method, {k: round(v["mean"], 3) for k, v in entry.items()
-                             if isinstance(v, dict)}, f"{seconds:.0f} s", flush=True)
+        print(name, method, {key: round(entry[key]["mean"], 3) for key in measured[0]},
+              f"{seconds:.0f} s", flush=True)
     return result
 
 def _measure(sample, seed, own_units, table, mean, deviation, train, held_out, most):
