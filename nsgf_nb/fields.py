@@ -22,7 +22,7 @@ from .semidiscrete import SemidiscretePlan, population_pairs
 from .settings import DensityScores, as_seed, setting
 from .training import Loop, TrainConfig, seeded
 
-# %% ../nbs/06f_fields.ipynb #31009981
+# %% ../nbs/06f_fields.ipynb #328f1aab
 @dataclass(frozen=True)
 class FieldConfig(TrainConfig):
     "Settings of a model whose network is a velocity field."
@@ -66,6 +66,26 @@ class VelocityModel(Model, DensityScores):
                                 seed=c.seed)
         source = None if sampler.normal else sampler.source
         return plan.fit(points, source, shares, progress=progress, loop=loop)
+
+    def calibrate(
+        self,
+        data,  # array (N, D), as for fit
+    ):  # the model itself
+        "Give each column of the samples the mean, and the mean absolute deviation, of the data."
+        if self.conditions is not None or self.source != "normal":
+            raise ValueError("calibrate is for models without conditions and without a source")
+        self.require_net()
+        units = self.standardizer
+        x = check_sample("data", as_points(data), units.shape)
+        if x.ndim != 2:
+            raise ValueError(f"calibrate is for tables (N, D), got data of shape {tuple(x.shape)}")
+        generator = torch.Generator().manual_seed(self.config.seed)
+        samples = units.place(self.sample(2**14), generator)
+        wanted = units.place(x.to(self.device), generator)
+        spreads = [(z - z.mean(0)).abs().mean(0) for z in (wanted, samples)]
+        factor = spreads[0]/spreads[1]
+        self.standardizer = units.stretched(factor, wanted.mean(0) - factor*samples.mean(0))
+        return self
 
     def population_pairs(self, sampler, plan, progress):
         "A function n -> (x, y) of partners in the whole data set; without a plan, it is made now."

@@ -59,7 +59,7 @@ class TrainConfig:
     def __post_init__(self):
         check_settings(self)
 
-# %% ../nbs/06_training.ipynb #2979f8d9
+# %% ../nbs/06_training.ipynb #79e39f5f
 def make_network(
     config: TrainConfig,
     shape: tuple,  # of one sample
@@ -84,7 +84,7 @@ def training_steps(
         return 20_000
     epochs = 1000
     if not config.channels:  # a perceptron recites rows of many numbers sooner
-        epochs = min(1000, 100_000//dimension)
+        epochs = min(1000, 105_000//dimension)
     return min(max(300, epochs*rows//config.batch_size), 20_000)
 
 def find_device(

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-# %% ../nbs/14b_units.ipynb #0b504bc8
+# %% ../nbs/14b_units.ipynb #9f1145e5
 class Standardizer:
     "Between the data's unit and the model's: mean zero, deviation one, float32."
 
@@ -104,6 +104,18 @@ class Standardizer:
         return Standardizer(torch.cat([mean, torch.zeros_like(deviations)]),
                             torch.cat([scale, deviations]), self.fingerprint)
 
+    def stretched(
+        self,
+        factor: Tensor,  # of each column of the model's (d,), above 0
+        shift: Tensor,  # (d,)
+    ):
+        "The standardizer whose `to_data(z)` is this one's `to_data(factor·z + shift)`."
+        mean = self.to_data(shift[None])[0]
+        scale = self.scale.expand(self.shape).clone()
+        varying = slice(None) if self.varying is None else self.varying
+        scale[varying] *= factor.to(scale)
+        return Standardizer(mean, scale, self.fingerprint)
+
     def log_volume(self, x: Tensor = None) -> float:
         "Sum of the logarithms of the scales: how much `to_data` changes log-densities."
         if self.scale.ndim == 0:
@@ -130,7 +142,7 @@ def _check_variation(deviation, mean, constant, dtype):
     raise ValueError(f"data varies{where} by {deviation[bad][0]:.3g} around {offset[bad][0]:.3g}, "
                      f"too little for {dtype}: pass float64, or subtract the offset")
 
-# %% ../nbs/14b_units.ipynb #dab1d763
+# %% ../nbs/14b_units.ipynb #f1158652
 _MOST_KNOTS = 4096
 
 def _knots_of(column):
@@ -164,9 +176,9 @@ def _straight_knots(mean, deviation):
 def has_frequent_value(
     column: Tensor,  # (n,)
 ) -> bool:
-    "Do 5 % of the rows or more share a value, among more than two?"
+    "Do 5 % of the rows, and five or more, share a value, among more than two?"
     _, counts = column.unique(return_counts=True)
-    return len(counts) > 2 and counts.max().item() >= .05*len(column)
+    return len(counts) > 2 and counts.max().item() >= max(.05*len(column), 5)
 
 def _padded(columns):
     "Vectors of different lengths as rows of one matrix; the last values are repeated."
@@ -216,6 +228,10 @@ class QuantileStandardizer(Standardizer):
 
     def tensors(self):
         return dict(super().tensors(), knots_x=self.x, knots_z=self.z)
+
+    def stretched(self, factor, shift):
+        z = (self.z - shift[:, None].to(self.z))/factor[:, None].to(self.z)
+        return QuantileStandardizer(self.x, z, self.mean, self.scale, self.fingerprint)
 
     def beside(self, deviations):
         joint = super().beside(deviations)

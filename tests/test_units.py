@@ -179,3 +179,67 @@ def test_quantiles_with_numbers_as_condition():
         y = model.sample(1000, condition=0.)
         assert (y[:, 0] == 0).double().mean().item() == pytest.approx(.5, abs=.15)
         assert set(y[:, 1].tolist()) <= {0, 1, 2, 3, 4} and (y[:, 2] == 3).all()
+
+
+def test_stretched_columns_are_the_formula():
+    x = table()
+    for scale in ("global", "feature", "quantile", "mixed"):
+        own = Standardizer.of(x, "cpu", scale)
+        z = own.to_model(x[:200])
+        d = z.shape[1]
+        factor, shift = torch.linspace(.8, 1.3, d), torch.linspace(-.2, .1, d)
+        other = own.stretched(factor, shift)
+        assert_close(other.to_data(z), own.to_data(factor*z + shift), rtol=1e-5, atol=1e-4)
+        assert_close(other.to_data(other.to_model(x)), x, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", ("feature", "mixed"))
+def test_calibrated_columns_have_the_spread_of_the_data(scale, tmp_path):
+    rng = numpy.random.default_rng(1)
+    x = torch.tensor(rng.normal(size=(60, 4)) @ rng.normal(size=(4, 4))*[1, 10, .1, 1] + 5)
+    x = torch.cat([x, table(60)[:, [1, 3]]], 1)
+    settings = TINY | dict(train_steps=40, width=32, depth=2, ema=.9)
+    model = FlowMatching(**settings, scale=scale).fit(x, progress=False)
+    d = model.standardizer.model_shape[0]
+    model.standardizer = model.standardizer.stretched(torch.full((d,), .8), torch.full((d,), .3))
+    y = model.sample(4000)
+    narrow = (y.std(0)/x.std(0))[:4]
+    assert model.calibrate(x) is model
+    z = model.sample(4000)
+    wide = (z.std(0)/x.std(0))[:4]
+    assert (wide - 1).abs().max() < .06 < .15 < (narrow - 1).abs().min()
+    assert ((z.mean(0) - x.mean(0))[:4].abs() < .06*x.std(0)[:4]).all() and (z[:, 5] == 3).all()
+    correlations = [torch.corrcoef(u[:, :4].T) for u in (y, z)]
+    assert_close(correlations[0], correlations[1], atol=1e-4, rtol=0)
+    model.save(tmp_path/"m.safetensors")
+    again = FlowMatching.load(tmp_path/"m.safetensors", "cpu")
+    assert torch.equal(again.sample(50), model.sample(50))
+    back = model.decode(model.encode(z[:50], steps=50), steps=50)
+    assert_close(back[:, :4], z[:50, :4], rtol=1e-2, atol=1e-2)
+
+
+def test_a_calibrated_density_has_mass_one():
+    x = torch.randn(50, 1, generator=torch.Generator().manual_seed(0)).double()*3 + 2
+    model = FlowMatching(**TINY | dict(train_steps=150, width=16)).fit(x, progress=False)
+    model.calibrate(x)
+    edges = torch.linspace(-20, 24, 4001).double()[:, None]
+    assert model.log_prob(edges, steps=20).exp().sum().item()*44/4000 == pytest.approx(1, abs=.01)
+
+
+def test_what_cannot_be_calibrated():
+    x = table(100)
+    model = FlowMatching(**TINY)
+    with pytest.raises(RuntimeError, match="no network yet"):
+        model.calibrate(x)
+    model.fit(x, progress=False)
+    with pytest.raises(ValueError, match=r"data must be of shape \(n, 4\)"):
+        model.calibrate(x[:, :3])
+    conditional = FlowMatching(**TINY).fit(x, condition=[0, 1]*50, progress=False)
+    with pytest.raises(ValueError, match="calibrate is for models without conditions"):
+        conditional.calibrate(x)
+    given = FlowMatching(**TINY).fit(x, x + 1, progress=False)
+    with pytest.raises(ValueError, match="without a source"):
+        given.calibrate(x)
+    images = FlowMatching(**TINY).fit(torch.randn(9, 1, 4, 4), progress=False)
+    with pytest.raises(ValueError, match="calibrate is for tables"):
+        images.calibrate(torch.randn(9, 1, 4, 4))

@@ -104,7 +104,7 @@ def split_rows(
                          f"needed: --hold-out 0 trains on all")
     return order[held_out:], order[:held_out]
 
-# %% ../../nbs/49c_own_data.ipynb #fc31a5cc
+# %% ../../nbs/49c_own_data.ipynb #9d4a8fd7
 def are_images(
     shape: tuple,  # of one sample
 ) -> bool:
@@ -195,6 +195,8 @@ def fit_file(
         options["condition"] = rows_of_condition(condition, train)
         print(f"condition: {Conditions.of(options['condition'], len(train))[0].summary()}")
     model.fit(points[train], loop=LongRun(checkpoint), **options)
+    if condition is None and points.ndim == 2:
+        model.calibrate(points[train])
     model.save(out, **notes, provenance=provenance(model.device))
     checkpoint.unlink(missing_ok=True)
     ending = ".csv" if "table" in notes else ".npy"

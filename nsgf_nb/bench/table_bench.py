@@ -88,7 +88,7 @@ DATA = {
     "100,000 rows": lambda: _units(142_858), "500 columns": _many_columns,
 }
 
-# %% ../../nbs/49d_table_bench.ipynb #113f48b6
+# %% ../../nbs/49d_table_bench.ipynb #5ab198e7
 def _kernel_density(train, device, steps):
     from sklearn.model_selection import GridSearchCV
     from sklearn.neighbors import KernelDensity
@@ -111,10 +111,12 @@ def _gaussian_mixture(train, device, steps):
         return best.sample(n)[0]
     return sample
 
-def _flow(make, **settings):
+def _flow(make, calibrate=False, **settings):
     def fit(train, device, steps):
         common = data_settings(train.shape[1:]) | dict(train_steps=steps, device=device)
         model = make(**common | settings).fit(train, progress=False)
+        if calibrate and train.ndim == 2:
+            model.calibrate(train)
 
         def sample(n, seed):
             return model.sample(n, seed=seed).cpu().numpy()
@@ -147,7 +149,7 @@ def _torchcfm(train, device, steps):
 
 METHODS = {
     "NSGF": _flow(NSGF, scale="auto"),
-    "nsgf fit": _flow(NSGF),
+    "nsgf fit": _flow(NSGF, calibrate=True),
     "OT-CFM": _flow(FlowMatching, scale="auto", coupling="ot", pool_size=2**16),
     "FM": _flow(FlowMatching, scale="auto"),
     "torchcfm": _torchcfm,
