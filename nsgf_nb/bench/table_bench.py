@@ -88,7 +88,7 @@ DATA = {
     "100,000 rows": lambda: _units(142_858), "500 columns": _many_columns,
 }
 
-# %% ../../nbs/49d_table_bench.ipynb #5ab198e7
+# %% ../../nbs/49d_table_bench.ipynb #f4b749d3
 def _kernel_density(train, device, steps):
     from sklearn.model_selection import GridSearchCV
     from sklearn.neighbors import KernelDensity
@@ -109,6 +109,11 @@ def _gaussian_mixture(train, device, steps):
     def sample(n, seed):
         best.random_state = seed
         return best.sample(n)[0]
+    return sample
+
+def _resampled(train, device, steps):
+    def sample(n, seed):
+        return train[numpy.random.default_rng(seed).integers(len(train), size=n)]
     return sample
 
 def _flow(make, calibrate=False, **settings):
@@ -155,6 +160,7 @@ METHODS = {
     "torchcfm": _torchcfm,
     "KDE": _kernel_density,
     "GMM": _gaussian_mixture,
+    "rows again": _resampled,
 }
 FLOWS = ("NSGF", "nsgf fit", "OT-CFM", "FM")
 
