@@ -35,7 +35,7 @@ from nsgf_nb.training import (
 )
 from .units import standardizer_from
 
-# %% ../nbs/06e_models.ipynb #5e1ca38b
+# %% ../nbs/06e_models.ipynb #dfd7630e
 _HELD_OUT_BATCHES = 16
 _LEAST_HELD_OUT = 100  # rows; fewer say too little, and could not be spared
 _MOST_HELD_OUT = 500
@@ -232,7 +232,7 @@ class Model(Configurable, Pretrained):
                         source="normal" if source is None else "given", **asdict(self.config))
         if condition is not None:
             identity["conditions"] = condition.kinds.describe()
-        return json.loads(json.dumps(identity))
+        return json.loads(json.dumps(identity, default=repr))  # of a transformer
 
     def _keep(self, result, sampler, source):
         self.net = result.net.requires_grad_(False).eval()

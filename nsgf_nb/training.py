@@ -8,7 +8,7 @@ __all__ = ['SCALES', 'TrainConfig', 'make_network', 'training_steps', 'find_devi
            'load_optimiser_tensors', 'explain_memory', 'FitResult', 'check_loss', 'Loop', 'progress_bar', 'show_loss',
            'fit_result']
 
-# %% ../nbs/06_training.ipynb #06-004
+# %% ../nbs/06_training.ipynb #cd03a17b
 import math
 import time
 import warnings
@@ -25,9 +25,9 @@ from tqdm.auto import tqdm
 from .cuda_graphs import CapturedStep
 from .files import with_prefix, without_prefix
 from .mlp import MLP
-from .settings import check_settings, setting
+from .settings import check_settings, is_transformer, setting
 
-# %% ../nbs/06_training.ipynb #0d377cd7
+# %% ../nbs/06_training.ipynb #c21168ad
 SCALES = ("auto", "feature", "global", "quantile", "mixed", "none")
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class TrainConfig:
     bf16: bool = False  # train under autocast to bfloat16
     compile: bool = False  # try torch.compile
     graph: bool = True  # on a GPU, replay the steps as a CUDA graph
-    scale: str = setting("auto", choices=SCALES)  # of the data
+    scale: str = setting("auto", choices=SCALES)  # of the data; or a scikit-learn transformer
     flip: bool = False  # mirror images of the data left to right at random
     drop_condition: float = setting(0., at_least=0, below=1)  # share of states without one
     condition_weight: float = setting(20., above=0)  # β of a condition's numbers in costs
@@ -57,7 +57,7 @@ class TrainConfig:
     seed: int = 0  # of everything drawn at random
 
     def __post_init__(self):
-        check_settings(self)
+        check_settings(self, skip=("scale",) if is_transformer(self.scale) else ())
 
 # %% ../nbs/06_training.ipynb #79e39f5f
 def make_network(

@@ -243,3 +243,63 @@ def test_what_cannot_be_calibrated():
     images = FlowMatching(**TINY).fit(torch.randn(9, 1, 4, 4), progress=False)
     with pytest.raises(ValueError, match="calibrate is for tables"):
         images.calibrate(torch.randn(9, 1, 4, 4))
+
+
+def test_a_transformer_of_scikit_learn_is_a_scale(tmp_path):
+    from sklearn.base import clone
+    from sklearn.decomposition import PCA
+    from sklearn.preprocessing import QuantileTransformer
+    x = table()
+    transformer = QuantileTransformer(n_quantiles=500, output_distribution="normal")
+    settings = TINY | dict(train_steps=300, batch_size=256, width=64, depth=2, ema=.99)
+    model = FlowMatching(**settings, scale=transformer).fit(x, progress=False)
+    assert not hasattr(transformer, "quantiles_")  # a copy is fitted
+    y = model.sample(4000)
+    assert y.shape == (4000, 4) and y.dtype == torch.float64 and (y[:, 3] == 3).all()
+    levels = x[:, 0].quantile(torch.linspace(.1, .9, 9).double())  # the column without atoms
+    shares = [(u[:, :1] <= levels).double().mean(0) for u in (x, y)]
+    assert_close(shares[0], shares[1], atol=.06, rtol=0)
+    assert model.sample(5, steps=3, trajectory=True).shape == (4, 5, 4)
+    assert "QuantileTransformer" in repr(model)
+    assert clone(model).fit(x, progress=False).sample(5).equal(model.sample(5))
+    for refused in (lambda: model.log_prob(x[:5]), lambda: model(x[:5], .5),
+                    lambda: model.calibrate(x), lambda: model.save(tmp_path/"m.safetensors")):
+        with pytest.raises(ValueError, match="whose scale is a QuantileTransformer has no"):
+            refused()
+    with pytest.raises(ValueError, match="whose scale is a QuantileTransformer"):
+        FlowMatching(**TINY, scale=transformer).fit(x, condition=x[:, 0], progress=False)
+    with pytest.raises(ValueError, match="a transformer as scale is for tables"):
+        NSGF(**TINY, scale=transformer).fit(torch.randn(9, 1, 8, 8), progress=False)
+    flat = numpy.random.default_rng(0).normal(size=(500, 2)) @ [[1, 2, 0, 1], [0, 1, 3, 1.]]
+    thin = NSGF(**TINY | dict(train_steps=200, width=32, pool_size=2**11),
+                scale=PCA(2, whiten=True)).fit(flat, progress=False)
+    assert thin.require_shape() == (2,)
+    assert torch.linalg.matrix_rank(thin.sample(100) - torch.from_numpy(flat.mean(0)), tol=1e-3) == 2
+    codes = thin.encode(flat[:20], steps=50)
+    assert_close(thin.decode(codes, steps=50), torch.from_numpy(flat[:20]), atol=.05, rtol=.05)
+
+
+def test_a_class_is_no_transformer():
+    from sklearn.preprocessing import StandardScaler
+    with pytest.raises(TypeError, match="scale must be of type str"):
+        NSGF(scale=StandardScaler)
+
+
+def test_a_training_with_a_transformer_resumes(tmp_path):
+    from sklearn.preprocessing import StandardScaler
+
+    from nsgf_nb.runs.checkpoints import LongRun
+
+    class Stopped(LongRun):
+        def step(self, trainer, signals):
+            super().step(trainer, signals)
+            return trainer.step == 2
+
+    settings = TINY | dict(scale=StandardScaler())
+    x = table(100)
+    FlowMatching(**settings).fit(x, progress=False, loop=Stopped(tmp_path/"run"))
+    again = FlowMatching(**settings).fit(x, progress=False, loop=LongRun(tmp_path/"run"))
+    assert torch.equal(again.sample(5), FlowMatching(**settings).fit(x, progress=False).sample(5))
+    with pytest.raises(ValueError, match="another run, with scale="):
+        FlowMatching(**TINY, scale=StandardScaler(with_mean=False)).fit(
+            x, progress=False, loop=LongRun(tmp_path/"run"))
