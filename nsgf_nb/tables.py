@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .data import as_points
 
-# %% ../nbs/18_tables.ipynb #23bce2af
+# %% ../nbs/18_tables.ipynb #61376a2d
 KINDS = ("number", "integer", "time", "category")
 _MOST_CATEGORIES = 100
 MOST_LEVELS = 20
@@ -78,6 +78,8 @@ def describe_column(
 ) -> Column:
     "The kind and the range of a column. Raises `ValueError` for one that is not for a model."
     missing = int(values.isna().sum())
+    if missing == len(values):
+        raise ValueError("all of its values are missing")
     if missing:
         raise ValueError(f"{missing:,} of its {len(values):,} values are missing: --drop-missing "
                          f"leaves these rows out")
@@ -97,8 +99,9 @@ def describe_column(
                       float(numbers.max()), decimals, tuple(float(value) for value in levels))
     categories = tuple(sorted({str(value) for value in values}))
     if len(categories) > _MOST_CATEGORIES:
-        raise ValueError(f"it has {len(categories):,} different words, more than the "
-                         f"{_MOST_CATEGORIES} of a category")
+        raise ValueError(f"it has {len(categories):,} different words, such as {categories[0]!r}, "
+                         f"more than the {_MOST_CATEGORIES} of a category; numbers are read "
+                         f"without signs and separators of thousands, times as 2026-11-28")
     return Column(str(name), "category", categories=categories)
 
 # %% ../nbs/18_tables.ipynb #18-009
@@ -204,7 +207,7 @@ def _numbers_of(column, values):
         values = values.round(column.decimals)
     return values.astype("int64") if column.kind == "integer" else values
 
-# %% ../nbs/18_tables.ipynb #18-013
+# %% ../nbs/18_tables.ipynb #d126446c
 SUFFIXES = (".csv", ".tsv", ".parquet", ".npy", ".npz", ".pt")
 
 def read_data(
@@ -234,6 +237,10 @@ def _read_frame(path):
         frame = pandas.read_csv(path, sep=separator, skipinitialspace=True)
         if separator != "," and any(_has_decimal_commas(values) for _, values in frame.items()):
             frame = pandas.read_csv(path, sep=separator, skipinitialspace=True, decimal=",")
+        frame = _with_leading_zeros(frame, path, separator)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be in UTF-8 ({error}): save it so, or convert it, such as "
+                         f"with iconv -f latin1 -t utf-8") from None
     except (ValueError, pandas.errors.ParserError) as error:
         raise ValueError(f"{path} is not a table: {' '.join(str(error).split())}") from None
     unnamed = [name for name in frame.columns if str(name).startswith("Unnamed: ")]
@@ -242,6 +249,18 @@ def _read_frame(path):
     if all(_is_number(name) for name in frame.columns):  # a file without a header
         frame = pandas.read_csv(path, sep=separator, header=None)
         frame.columns = [f"column {i}" for i in range(len(frame.columns))]
+    return frame
+
+def _with_leading_zeros(frame, path, separator):
+    "The frame with columns such as 00501, which are no numbers, as words."
+    import pandas
+    whole = [name for name, values in frame.items() if values.dtype.kind in "iu"]
+    if whole:
+        written = pandas.read_csv(path, sep=separator, skipinitialspace=True,
+                                  dtype=dict.fromkeys(whole, str))
+        for name in whole:
+            if written[name].str.fullmatch(r"0\d+").any():
+                frame[name] = written[name]
     return frame
 
 def _has_decimal_commas(values):

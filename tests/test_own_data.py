@@ -376,6 +376,27 @@ def test_quantiles_are_for_numbers(nsgf):
     assert nsgf("evaluate", "model.safetensors", "p.csv")[0] == 0
 
 
+def test_what_spreadsheets_write(nsgf):
+    words = rng.choice(["00501", "01234", "90210"], 100)
+    pandas.DataFrame(dict(zip=words, n=rng.integers(0, 9, 100))).to_csv("p.csv", index=False)
+    assert nsgf("fit", "p.csv", *TINY)[0] == 0
+    assert nsgf("sample", "model.safetensors", "-n", "50", "-o", "all.csv")[0] == 0
+    made = pandas.read_csv("all.csv", dtype=str)
+    assert set(made["zip"]) <= set(words) and set(made["n"]) <= set("012345678")
+    pandas.DataFrame(dict(place=["Köln", "Łódź"]*50, x=rng.random(100))).to_csv(
+        "p.csv", index=False, encoding="utf-16")
+    fails(nsgf("fit", "p.csv", *TINY), "p.csv must be in UTF-8 .*iconv")
+    frame = pandas.DataFrame(dict(x=rng.random(200), none=numpy.nan,
+                                  paid=[f"{v:,.2f}" for v in rng.uniform(1e3, 1e6, 200)],
+                                  on=[f"{d % 28 + 1}/{d % 12 + 1}/20{d % 90 + 10}"
+                                      for d in range(200)]))
+    frame.to_csv("p.csv", index=False)
+    result = nsgf("fit", "p.csv", *TINY)
+    fails(result, "'none': all of its values are missing")
+    fails(result, "'paid': it has 200 different words, such as '.*without signs and separators")
+    fails(result, "'on': it has .* times as 2026-11-28")
+
+
 def test_frequent_values_come_back_as_often(nsgf):
     frame = people().assign(rain=numpy.where(rng.random(200) < .5, 0., rng.random(200)))
     frame.to_csv("p.csv", index=False)
