@@ -22,7 +22,7 @@ from .semidiscrete import SemidiscretePlan, population_pairs
 from .settings import DensityScores, as_seed, setting
 from .training import Loop, TrainConfig, seeded
 
-# %% ../nbs/06f_fields.ipynb #328f1aab
+# %% ../nbs/06f_fields.ipynb #fd42b529
 @dataclass(frozen=True)
 class FieldConfig(TrainConfig):
     "Settings of a model whose network is a velocity field."
@@ -82,8 +82,8 @@ class VelocityModel(Model, DensityScores):
         generator = torch.Generator().manual_seed(self.config.seed)
         samples = units.place(self.sample(2**14), generator)
         wanted = units.place(x.to(self.device), generator)
-        spreads = [(z - z.mean(0)).abs().mean(0) for z in (wanted, samples)]
-        factor = spreads[0]/spreads[1]
+        spread, own = ((z - z.mean(0)).abs().mean(0) for z in (wanted, samples))
+        factor = torch.where((spread > 0) & (own > 0), spread/own, 1.)
         self.standardizer = units.stretched(factor, wanted.mean(0) - factor*samples.mean(0))
         return self
 

@@ -45,7 +45,7 @@ def _rows_of(part, rows):
     numbers = None if part.numbers is None else part.numbers[rows]
     return replace(part, rows=part.rows[rows.to(part.rows.device)], numbers=numbers)
 
-# %% ../nbs/15c_held_out.ipynb #8bdff01a
+# %% ../nbs/15c_held_out.ipynb #0be6e9ed
 class HeldOut:
     "States that are not trained on; their loss says which weights are best, and when to stop."
 
@@ -58,8 +58,8 @@ class HeldOut:
         self.batches = batches
         self.interval = interval
         self.patience = patience
-        self.steps = []  # of all looks
-        self.losses = []  # of all looks
+        self.steps = []  # after which there was a look
+        self.losses = []  # of these looks
         self.weights = {}  # the averaged weights of the best one
 
     @property
@@ -75,7 +75,8 @@ class HeldOut:
     @property
     def stops(self) -> bool:
         "Has the loss not fallen for long?"
-        return len(self.losses) > self.patience and len(self.losses) > self.patience + self.best
+        looks = len(self.losses)
+        return looks > self.patience and looks > self.patience + self.best
 
     def look(
         self,

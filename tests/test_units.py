@@ -240,6 +240,8 @@ def test_what_cannot_be_calibrated():
     given = FlowMatching(**TINY).fit(x, x + 1, progress=False)
     with pytest.raises(ValueError, match="without a source"):
         given.calibrate(x)
+    still = FlowMatching(**TINY).fit(x, progress=False).calibrate(x[:1].expand(5, 4))
+    assert still.sample(9).isfinite().all()
     images = FlowMatching(**TINY).fit(torch.randn(9, 1, 4, 4), progress=False)
     with pytest.raises(ValueError, match="calibrate is for tables"):
         images.calibrate(torch.randn(9, 1, 4, 4))
