@@ -237,7 +237,7 @@ def test_draws_carry_no_graph():
 def test_a_training_is_a_thousand_epochs(rows, batch_size, steps):
     assert training_steps(TrainConfig(batch_size=batch_size), rows) == steps
     assert training_steps(TrainConfig(train_steps=7), rows) == 7
-    assert training_steps(TrainConfig(batch_size=256), 700, 500) == 700  # of 256 epochs
+    assert training_steps(TrainConfig(batch_size=256), 700, 500) == 574  # of 210 epochs
     assert training_steps(TrainConfig(batch_size=256, channels=8), 700, 500) == 2734
 
 
