@@ -406,7 +406,7 @@ def _without(c, rows, no_class):
         return c.masked_fill(rows, no_class)
     return c.masked_fill(rows[:, None], 0)
 
-# %% ../nbs/15b_conditions.ipynb #7e444805
+# %% ../nbs/15b_conditions.ipynb #ca172402
 @dataclass
 class Part:
     "The rows of one class."
@@ -433,14 +433,15 @@ class Part:
         batches = model.make_batches(sampler, progress, **options)
 
         def draw():
-            x, t, target, *numbers = next(batches)
-            if self.numbers is not None:
-                x, t, target, *numbers = without_numbers(
-                    (x, t, target), standardizer.model_shape, sampler.still, c.condition_weight)
-            labels = []
+            x, t, target = next(batches)
+            given = []
             if self.label is not None:
-                labels = [torch.full_like(t, self.label, dtype=torch.long)]
-            return x, t, target, *labels, *numbers
+                given.append(torch.full_like(t, self.label, dtype=torch.long))
+            if self.numbers is not None:
+                x, t, target, numbers = without_numbers(
+                    (x, t, target), standardizer.model_shape, sampler.still, c.condition_weight)
+                given.append(numbers)
+            return x, t, target, *given
         return Batches(draw, batches.streams)
 
 @dataclass

@@ -147,7 +147,7 @@ def _check_variation(deviation, mean, constant, dtype):
     raise ValueError(f"data varies{where} by {deviation[bad][0]:.3g} around {offset[bad][0]:.3g}, "
                      f"too little for {dtype}: pass float64, or subtract the offset")
 
-# %% ../nbs/14b_units.ipynb #f1158652
+# %% ../nbs/14b_units.ipynb #ac8554fe
 _MOST_KNOTS = 4096
 
 def _knots_of(column):
@@ -215,15 +215,20 @@ class QuantileStandardizer(Standardizer):
                              f"got {tuple(x.shape)}")
         x = x.cpu()
         varies = ~(x == x[0]).all(0)
+        by_quantiles = varies
+        if mixed:
+            by_quantiles = torch.tensor([has_frequent_value(column) for column in x.T])
+            straight = Standardizer.of(x, "cpu", "feature")
+            if not by_quantiles.any():
+                return straight.to(device)
         if not varies.any():
             raise ValueError("scale='quantile' needs a column that varies, got constant ones")
-        straight = Standardizer.of(x, "cpu", "feature")
-        by_quantiles = [not mixed or has_frequent_value(column) for column in x.T]
-        if not any(by_quantiles):
-            return straight.to(device)
-        knots = [_knots_of(column) if quantiles else _straight_knots(mean, deviation)
-                 for column, quantiles, mean, deviation, varied
-                 in zip(x.T, by_quantiles, straight.mean, straight.scale, varies) if varied]
+        knots = []
+        for k in varies.nonzero()[:, 0]:
+            if by_quantiles[k]:
+                knots.append(_knots_of(x[:, k]))
+            else:
+                knots.append(_straight_knots(straight.mean[k], straight.scale[k]))
         values, normal = (_padded(parts).to(device) for parts in zip(*knots))
         return cls(values, normal, x[0].to(device), varies.to(device, x.dtype), fingerprint_of(x))
 

@@ -158,6 +158,15 @@ def test_without_frequent_values_mixed_is_feature():
     assert type(own) is Standardizer and torch.equal(own.to_model(x), feature.to_model(x))
 
 
+def test_quantiles_far_from_zero_and_a_table_of_constants():
+    x = torch.randn(500, 2)*.1 + torch.tensor([1e5, 0.])  # deviations refuse it in float32
+    with pytest.raises(ValueError, match="too little for torch.float32"):
+        Standardizer.of(x, "cpu", "feature")
+    assert (Standardizer.of(x, "cpu", "quantile").to_model(x).std(0) - 1).abs().max() < .05
+    still = torch.full((50, 2), 3.)
+    assert torch.equal(Standardizer.of(still, "cpu", "mixed").mean, still[0])
+
+
 def test_columns_beside_keep_their_place():
     x = table()
     numbers = torch.randn(2000, 2, dtype=torch.float64)

@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'HELD_OUT', 'read_samples', 'split_rows', 'are_images', 'd
            'write_rows', 'condition_from_words', 'sample_rows', 'compare_samples', 'classifier_auc', 'show_columns',
            'evaluate_file', 'register_fit']
 
-# %% ../../nbs/49c_own_data.ipynb #3660d0a0
+# %% ../../nbs/49c_own_data.ipynb #b134b6cf
 import ast
 import math
 from collections import Counter
@@ -21,6 +21,7 @@ from .protocol import add_device, provenance
 from ..conditions import Conditions, classes_of, rows_of_condition
 from ..files import load_tensors
 from ..flow_matching import FlowMatching
+from ..held_out import divide_at_random
 from ..images import class_names, load_images
 from ..metrics import Estimate, ratio, sw2, w2
 from ..nsgf import NSGF
@@ -28,7 +29,7 @@ from ..runs.checkpoints import LongRun
 from ..tables import MOST_LEVELS, SUFFIXES, Table, read_data
 from ..training import training_steps
 
-# %% ../../nbs/49c_own_data.ipynb #ced166bf
+# %% ../../nbs/49c_own_data.ipynb #f0543ac0
 METHODS = {"nsgf": (NSGF, {}), "ot-cfm": (FlowMatching, dict(coupling="ot", pool_size=2**16)),
            "fm": (FlowMatching, {})}
 HELD_OUT = .1  # share of the rows that are not trained on
@@ -97,12 +98,11 @@ def split_rows(
     seed: int,
 ) -> tuple:  # indices of the rows to train on, and of those that are held out
     "A random division of the rows that depends on `n`, `share` and `seed` alone."
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     held_out = math.ceil(share*n)
     if n - held_out < 2:
         raise ValueError(f"hold-out leaves {n - held_out} of {n} rows to train on, at least 2 are "
                          f"needed: --hold-out 0 trains on all")
-    return order[held_out:], order[:held_out]
+    return divide_at_random(n, held_out, seed)
 
 # %% ../../nbs/49c_own_data.ipynb #9d4a8fd7
 def are_images(
