@@ -2,9 +2,10 @@
 from importlib import import_module
 
 __version__ = "0.1.0"
-__all__ = ["NSGF", "NSGFPlusPlus"]
+__all__ = ["NSGF", "NSGFPlusPlus", "SinkhornGenerator"]
 
-_MODULES = {"NSGF": ".nsgf", "NSGFPlusPlus": ".nsgfpp"}  # where each public name is defined
+_MODULES = {  # where each public name is defined
+    "NSGF": ".nsgf", "NSGFPlusPlus": ".nsgfpp", "SinkhornGenerator": ".one_step"}
 
 
 def __getattr__(name):

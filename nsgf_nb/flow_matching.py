@@ -6,7 +6,7 @@
 __all__ = ['PATHS', 'COUPLINGS', 'straight_path', 'trigonometric_path', 'ot_partners', 'entropic_partners', 'FlowMatchingConfig',
            'FlowMatching', 'random_times', 'reflow']
 
-# %% ../nbs/09_flow_matching.ipynb #a8d99c29
+# %% ../nbs/09_flow_matching.ipynb #5895a3e4
 import math
 import time
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .conditions import keep_still
 from .data import Batches, PairPool
-from .fields import FieldConfig, VelocityModel, rows_per_call
+from .fields import FieldConfig, FlowModel, rows_per_call
 from .flow import beside, integrate
 from .semidiscrete import SemidiscretePlan, check_plan
 from .settings import setting
@@ -100,8 +100,8 @@ class FlowMatchingConfig(FieldConfig):
     ode_steps: int = setting(16, at_least=1)  # of "reflow": Heun steps, two network calls each
     pool_size: int = setting(0, at_least=0)  # pairs made before the training; 0: fresh pairs
 
-# %% ../nbs/09_flow_matching.ipynb #48f1b384
-class FlowMatching(VelocityModel):
+# %% ../nbs/09_flow_matching.ipynb #233c1a85
+class FlowMatching(FlowModel):
     "Regression on the velocity of chosen paths between coupled pairs (Lipman et al. 2023)."
     Config = FlowMatchingConfig
     teacher = None  # of "reflow": the flow whose ends are the pairs
@@ -112,7 +112,7 @@ class FlowMatching(VelocityModel):
         source=None,  # the same, for the source; None: N(0, I) in the model's unit
         progress: bool = True,  # show bars, and a line with the times?
         loop: Loop = None,  # runs the trainer; None: `Loop()`, without checkpoints
-        teacher: VelocityModel = None,  # of coupling="reflow": a flow with the same network
+        teacher: FlowModel = None,  # of coupling="reflow": a flow with the same network
         plan: SemidiscretePlan = None,  # of coupling="population": from `fit_plan`; None: made now
         condition=None,  # of each row: classes (N,), numbers (N, k), or a dict of such columns
     ):  # the model itself

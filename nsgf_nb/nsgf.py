@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NSGFConfig', 'NSGF']
 
-# %% ../nbs/07_nsgf.ipynb #0c1dbed7
+# %% ../nbs/07_nsgf.ipynb #6a085d2d
 import math
 import time
 from dataclasses import dataclass, replace
@@ -14,12 +14,12 @@ import torch
 
 from .conditions import keep_still
 from .data import Batches, PairPool
-from .fields import FieldConfig, VelocityModel
+from .fields import FieldConfig, FlowModel
 from .flow import FlowSettings, PoolRecipe, TrajectoryPool, beside, visited_times
 from .semidiscrete import check_plan
 from .settings import setting
 
-# %% ../nbs/07_nsgf.ipynb #1e67f64e
+# %% ../nbs/07_nsgf.ipynb #664f8dcf
 @dataclass(frozen=True)
 class NSGFConfig(FieldConfig):
     "Settings of an `NSGF` run."
@@ -38,7 +38,7 @@ class NSGFConfig(FieldConfig):
     plan_blur: float = setting(0., at_least=0)  # of "population", in standard deviations
     plan_rank: int = setting(0, at_least=0)  # of "population": directions the cost sees; 0: all
 
-class NSGF(VelocityModel):
+class NSGF(FlowModel):
     "Neural Sinkhorn gradient flow: `NSGF().fit(data).sample(n)` (Algorithms 1 and 2)."
     Config = NSGFConfig
 

@@ -6,7 +6,7 @@
 __all__ = ['SLOPES', 'Chain', 'StagedConfig', 'StagedTrainer', 'StagedModel', 'EPTConfig', 'DensityRatio', 'ratio_loss',
            'EPTTrainer', 'EPT', 'SWFConfig', 'SlicedMap', 'SWFTrainer', 'SlicedWassersteinFlow']
 
-# %% ../../nbs/43_gradient_flows.ipynb #43-004
+# %% ../../nbs/43_gradient_flows.ipynb #508f6c5e
 import copy
 import math
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data import Batches, PairSampler, ShuffledRows
-from ..fields import FieldConfig, VelocityModel
+from ..fields import FieldConfig, FlowModel
 from ..files import with_prefix, without_prefix
 from ..settings import check_settings, setting
 from ..training import Steps, Trainer
@@ -160,8 +160,8 @@ class StagedTrainer(Steps):
             self.trainer = self.stage_trainer()
             self.trainer.load_state_dict(without_prefix("trainer", state))
 
-# %% ../../nbs/43_gradient_flows.ipynb #277fc558
-class StagedModel(VelocityModel):
+# %% ../../nbs/43_gradient_flows.ipynb #e08b46f1
+class StagedModel(FlowModel):
     "A model whose field is a chain. Subclasses name the module of a stage, and its trainer."
     Config = StagedConfig
     Stage = None  # module of one stage, made from its dimension and the config

@@ -6,7 +6,7 @@
 __all__ = ['SAMPLING', 'METHODS', 'IMAGE_EXPERIMENTS', 'ImageExperiment', 'save_sheet', 'load_model', 'report_images',
            'run_images', 'train_images']
 
-# %% ../../nbs/42_image_experiments.ipynb #839a4bf6
+# %% ../../nbs/42_image_experiments.ipynb #b6dd3b56
 import re
 import time
 import warnings
@@ -31,19 +31,20 @@ from ..image_metrics import inception_scores, nearest_image
 from ..images import load_images, show_images
 from ..nsgf import NSGF, NSGFConfig
 from ..nsgfpp import PARTS, NSGFPlusPlus
+from ..one_step import GeneratorConfig, SinkhornGenerator
 from ..runs.checkpoints import Checkpoint, LongRun, file_lock
 from ..runs.distributed import DistributedRun, SharedDiskPool, SharedPool, ranks
 from ..semidiscrete import SemidiscretePlan
 from ..training import TrainConfig
 
-# %% ../../nbs/42_image_experiments.ipynb #a48d3917
+# %% ../../nbs/42_image_experiments.ipynb #33a99f7e
 @dataclass(frozen=True)
 class ImageExperiment:
     "What is trained on which images, and how it is measured."
     data: str  # for `load_images`
     net: dict  # settings of network and training that all methods share
     train_steps: int  # of the networks that carry images, together
-    method: str = "nsgf"  # one of `METHODS`
+    method: str = "nsgf"  # one of `METHODS`, or "one-call"
     classes: bool = False  # learn a flow for each class of the images?
     plan_rank: int = 0  # population couplings: directions of the data that the cost sees; 0: all
     plan_blur: float = 0.  # population couplings: square root of ε, in standard deviations
@@ -60,6 +61,8 @@ class ImageExperiment:
     def model(self, seed=0, device=None):
         "The model, not yet trained."
         net = dict(self.net, seed=seed)
+        if self.method == "one-call":
+            return SinkhornGenerator(GeneratorConfig(**net, train_steps=self.train_steps), device)
         if self.method in ("nsgfpp", "nsgfpp-flow"):
             return self._nsgfpp(net, device)
         shared = dict(net, train_steps=self.train_steps, sample_steps=10, **SAMPLING)
@@ -108,7 +111,7 @@ METHODS = {
     "fm-population": "FM, population",
 }
 
-# %% ../../nbs/42_image_experiments.ipynb #4b87ae63
+# %% ../../nbs/42_image_experiments.ipynb #012cb3c0
 _SMALL = dict(channels=32, mult=(1, 2), batch_size=64, lr=1e-3, clip=1.)
 _MNIST = dict(_SMALL, patch=2, batch_size=256, lr=2e-3)
 _ON_GPU = dict(lr=2e-4, ema=.9999, clip=1., bf16=True, compile=True)
@@ -133,7 +136,15 @@ for _base, _experiment in _EXPERIMENTS.items():
         _name = _base if _method == "nsgf" else f"{_base}-{_method}"
         IMAGE_EXPERIMENTS[_name] = replace(_experiment, method=_method)
 
-# %% ../../nbs/42_image_experiments.ipynb #677079e3
+_ONE_CALL = dict(channels=32, mult=(1, 2), patch=2, batch_size=512, lr=2e-3, clip=1.,
+                 first_blur=1., blur=1.)
+_ONCE = dict(method="one-call", nfe=(1,), nfe_euler=())
+IMAGE_EXPERIMENTS |= {
+    "digits-one-call": ImageExperiment("digits", _ONE_CALL, 2000, samples=749, draws=5, **_ONCE),
+    "mnist-one-call": ImageExperiment("mnist", _ONE_CALL, 3000, **_ONCE),
+}
+
+# %% ../../nbs/42_image_experiments.ipynb #cb9d7d31
 def save_sheet(
     x: Tensor,  # images (n, C, H, W) in [-1, 1]
     path,  # picture file to write, .png
@@ -149,7 +160,7 @@ def save_sheet(
 
 def _draw(experiment, model, data, folder, seed):
     "sheet.png: samples; way.png: states at 10 NFE; nearest.png: samples over training images."
-    name = METHODS[experiment.method]
+    name = METHODS.get(experiment.method, "One call")
     rows, columns, condition = 8, 8, {}
     if experiment.classes:  # a row for each
         rows, columns = len(model.classes), 10
@@ -160,6 +171,8 @@ def _draw(experiment, model, data, folder, seed):
     nearest = data[nearest_image(x[:10], data)[1]]
     save_sheet(torch.cat([x[:10], nearest]), folder/"nearest.png",
                f"{name}: samples, and the training images nearest to them", 10, (6, 1.6))
+    if isinstance(model, SinkhornGenerator):
+        return
     steps = dict(steps=9)
     if isinstance(model, NSGFPlusPlus):
         sinkhorn_steps = model.sinkhorn.config.sample_steps
@@ -171,21 +184,23 @@ def _draw(experiment, model, data, folder, seed):
 def load_model(
     path,  # a file that `save` wrote, or the name of weights that come with the package
     device=None,  # where to compute; None: a GPU if there is one
-):  # NSGF, FlowMatching or NSGFPlusPlus
+):  # NSGF, FlowMatching, NSGFPlusPlus or SinkhornGenerator
     "A model of the kind that the file says."
     if re.fullmatch(r"[\w-]+", str(path)) and not Path(path).is_file():
         path = pretrained_path(str(path))
-    kinds = {kind.__name__: kind for kind in (NSGF, FlowMatching, NSGFPlusPlus)}
+    kinds = {kind.__name__: kind for kind in
+             (NSGF, FlowMatching, NSGFPlusPlus, SinkhornGenerator)}
     name = load_tensors(path)[1].get("model")
     if name not in kinds:
         raise ValueError(f"{path} holds a model of type {name!r}, not one of {', '.join(kinds)}")
     return kinds[name].load(path, device)
 
-# %% ../../nbs/42_image_experiments.ipynb #21363d0a
+# %% ../../nbs/42_image_experiments.ipynb #fab312d5
 def _quick(experiment):
     "The same experiment, small enough to see within seconds that everything works."
     net = dict(experiment.net, channels=8, batch_size=8, bf16=False, compile=False)
-    return replace(experiment, net=net, train_steps=10, samples=64, nfe=(5,), nfe_euler=(),
+    nfe = (1,) if experiment.method == "one-call" else (5,)
+    return replace(experiment, net=net, train_steps=10, samples=64, nfe=nfe, nfe_euler=(),
                    draws=1)
 
 def _loops(model, folder):
