@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/50_cli.ipynb #47cf8ff8
+# %% ../nbs/50_cli.ipynb #3df43d57
 import argparse
 import importlib.util
 import os
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import nsgf_nb
-from .bench import ablations, comparison, plans, speed, table_bench
+from .bench import ablations, comparison, one_call, plans, speed, table_bench
 from .bench.classifiers import CLASSIFIERS, train_classifiers
 from .bench.comparison import at_least_one
 from .bench.experiments import EXPERIMENTS, GROUPS, register_demo, report, train_plane
@@ -206,7 +206,7 @@ def _add_model(parser):
                         help="of everything that is drawn (default: 0)")
     add_device(parser)
 
-# %% ../nbs/50_cli.ipynb #50-012
+# %% ../nbs/50_cli.ipynb #89e44589
 def _endurance(args):
     path = Path(nsgf_nb.__file__).parent.parent/"tests"/"endurance.py"
     if not path.is_file():
@@ -239,6 +239,7 @@ def _register_bench(commands):
     comparison.register(kinds)
     ablations.register(kinds)
     table_bench.register(kinds)
+    one_call.register(kinds)
     _register_endurance(kinds)
 
 # %% ../nbs/50_cli.ipynb #50-014

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SELF_TERMS', 'COLLAPSED', 'batch_velocity', 'kernel_velocity', 'Diversity', 'DiversityWatch', 'GeneratorConfig',
-           'GeneratorTrainer', 'BoundedInput', 'SinkhornGenerator']
+           'GeneratorTrainer', 'GeneratorNet', 'SinkhornGenerator']
 
 # %% ../nbs/13b_one_step.ipynb #081a1720
 import math
@@ -144,7 +144,7 @@ class GeneratorConfig(FieldConfig):
     normalise: bool = False  # divide V by its root mean square?
     tol: float = setting(.05, above=0)  # L1 marginal error of the Sinkhorn solves
 
-# %% ../nbs/13b_one_step.ipynb #42dd16ec
+# %% ../nbs/13b_one_step.ipynb #d2ebed66
 _FIELDS = {"sinkhorn": velocity, "kernel": kernel_velocity}
 _LOOKS = 50  # at the diversity, in a training
 _NO_BOUND = 3e4  # radius that no draw reaches; finite in half precision
@@ -155,7 +155,7 @@ class GeneratorTrainer(Trainer):
 
     def __init__(
         self,
-        net,  # v of G(z) = z + v(z, 0)
+        net,  # v(z, t) = G(z) − z
         batches,  # iterable of (z, 0, y, …): noise, times, data (B, *shape), their condition
         steps: int,
         config: GeneratorConfig,
@@ -237,18 +237,20 @@ class GeneratorTrainer(Trainer):
         super().load_state_dict(state)
         self.looks = [tuple(look) for look in state["looks"].tolist()]
 
-# %% ../nbs/13b_one_step.ipynb #ba3f1028
-class BoundedInput(nn.Module):
-    "A field whose input is drawn back to the sphere that few draws of N(0, I) lie beyond."
+# %% ../nbs/13b_one_step.ipynb #5d2e10b3
+class GeneratorNet(nn.Module):
+    "The field v(z) = G(z) − z of a generator, whose noise is drawn back to a sphere."
 
     def __init__(
         self,
-        net: nn.Module,  # v(x, t, …)
+        net: nn.Module,  # called as net(z, t, …)
         D: int,  # numbers in a sample
+        residual: bool = True,  # is G(z) = z + net(z)? otherwise net(z)
         normal_quantile: float = 2.88,  # of N(0, 1), for the share inside: .998
     ):
         super().__init__()
         self.net = net
+        self.residual = residual
         spread = 2/(9*D)  # Wilson and Hilferty: the cube root of χ²/D is nearly normal
         cube_root = 1 - spread + normal_quantile*math.sqrt(spread)
         self.register_buffer("radius", torch.tensor(math.sqrt(D*cube_root**3)))
@@ -256,9 +258,10 @@ class BoundedInput(nn.Module):
     def forward(self, z, t, *given):
         norm = z.flatten(1).norm(dim=1)
         near = z*beside((self.radius/norm).clamp(max=1), z)
-        return near - z + self.net(near, t, *given)
+        image = self.net(near, t, *given)
+        return image + near - z if self.residual else image - z
 
-# %% ../nbs/13b_one_step.ipynb #422bc5a0
+# %% ../nbs/13b_one_step.ipynb #c8656664
 class SinkhornGenerator(VelocityModel):
     "One network call a sample: `SinkhornGenerator().fit(data).sample(n)`."
     Config = GeneratorConfig
@@ -278,7 +281,8 @@ class SinkhornGenerator(VelocityModel):
 
     def make_network(self, shape, **inputs):
         "A fresh network for samples of this shape, and for the inputs of a condition."
-        return BoundedInput(super().make_network(shape, **inputs), math.prod(shape))
+        net = super().make_network(shape, **inputs)
+        return GeneratorNet(net, math.prod(shape), residual=not self.config.channels)
 
     def make_batches(self, sampler, progress):
         "(z, 0, y): source, the network's time, data."

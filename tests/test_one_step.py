@@ -11,8 +11,8 @@ from torch.testing import assert_close
 from nsgf_nb.metrics import w2
 from nsgf_nb.mlp import MLP
 from nsgf_nb.one_step import (
-    BoundedInput,
     DiversityWatch,
+    GeneratorNet,
     GeneratorTrainer,
     SinkhornGenerator,
     batch_velocity,
@@ -68,7 +68,7 @@ def test_kernel_means_by_hand():
 
 @pytest.mark.parametrize("D", (1, 2, 64))
 def test_far_noise_is_drawn_back_and_near_noise_is_not(D):
-    net = BoundedInput(MLP((D,), width=8, depth=1), D)
+    net = GeneratorNet(MLP((D,), width=8, depth=1), D)
     z = normal(500, D)
     z = z/z.norm(dim=1, keepdim=True)*net.radius
     near, far = .9*z, 5*z
@@ -77,6 +77,8 @@ def test_far_noise_is_drawn_back_and_near_noise_is_not(D):
     net.radius.fill_(math.inf)
     assert_close(net(far, 0.), net.net(far, 0.))
     assert net(torch.zeros(1, D), 0.).isfinite().all()
+    net.residual = False
+    assert_close(far + net(far, 0.), net.net(far, 0.), atol=1e-4, rtol=1e-4)
 
 
 def test_samples_of_a_law_have_the_diversity_of_other_samples():

@@ -58,14 +58,14 @@ DEMO = Experiment(
     replace(_PLANE, pool_size=2**18, train_steps=8000, batch_size=512, lr=5e-3, width=128, depth=3),
     Protocol(w2_draws=5, sw2_draws=(3,), sample_steps=(10,), floor_pairs=6))
 
-# %% ../../nbs/41_experiments.ipynb #f5aa6f62
+# %% ../../nbs/41_experiments.ipynb #ce38fe66
 def _flow(coupling, train_steps, pool_size):
     return FlowMatchingConfig(coupling=coupling, train_steps=train_steps, pool_size=pool_size,
                               **plane_settings(FlowMatchingConfig))
 
 MODELS = {NSGFConfig: NSGF, FlowMatchingConfig: FlowMatching, GeneratorConfig: SinkhornGenerator}
-FEW_CALLS = {  # about nine minutes of a core each
-    "generator": GeneratorConfig(train_steps=15_000, **plane_settings(GeneratorConfig)),
+FEW_CALLS = {  # about eight minutes of a core each
+    "generator": GeneratorConfig(train_steps=12_000, **plane_settings(GeneratorConfig)),
     "nsgf": replace(_PLANE, train_steps=30_000, minibatch=1024),
     "fm": _flow("independent", 40_000, 0),
     "ot-cfm": _flow("ot", 36_000, 2**19),
