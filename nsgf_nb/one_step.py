@@ -6,7 +6,7 @@
 __all__ = ['SELF_TERMS', 'COLLAPSED', 'batch_velocity', 'kernel_velocity', 'Diversity', 'DiversityWatch', 'GeneratorConfig',
            'GeneratorTrainer', 'GeneratorNet', 'SinkhornGenerator']
 
-# %% ../nbs/13b_one_step.ipynb #081a1720
+# %% ../nbs/13b_one_step.ipynb #6baf259e
 import math
 import warnings
 from dataclasses import dataclass
@@ -20,11 +20,12 @@ from .data import Batches
 from .fields import FieldConfig, VelocityModel
 from .flow import beside
 from .image_metrics import precision_recall
+from .mlp import ResidualMLP
 from .settings import setting
 from .sinkhorn import velocity
 from .training import Loop, Trainer
 
-# %% ../nbs/13b_one_step.ipynb #6ae5a916
+# %% ../nbs/13b_one_step.ipynb #7a888c91
 SELF_TERMS = ("independent", "masked", "same")
 
 def batch_velocity(
@@ -32,7 +33,7 @@ def batch_velocity(
     y: Tensor,  # data (B, D)
     blur: float,  # square root of ε, in the unit of x
     self_term: str = "independent",  # one of `SELF_TERMS`
-    tol: float = .05,  # L1 error of the marginals
+    tol: float = .1,  # L1 error of the marginals
     field=velocity,  # or `kernel_velocity`
 ) -> Tensor:  # V (B, D)
     "T_{q,p} − T_{q,q'} of both halves of a batch, each being the second sample of the other."
@@ -78,7 +79,7 @@ def _coordinates(x, given, weight):
     parts += [math.sqrt(weight)*numbers[:, :-1] for numbers in given if numbers.ndim == 2]
     return torch.cat(parts, 1)
 
-# %% ../nbs/13b_one_step.ipynb #dbbaed78
+# %% ../nbs/13b_one_step.ipynb #d95c2382
 class Diversity(NamedTuple):
     "Samples beside data: 1 is as diverse as the data, 0 a single point."
     variance: float  # total variance, in units of the data's
@@ -124,9 +125,9 @@ class DiversityWatch:
 def _effective_dimension(x):
     centred = x - x.mean(0)
     covariance = centred.T @ centred
-    return covariance.trace()**2/covariance.square().sum()
+    return covariance.trace()**2/covariance.square().sum().clamp(min=1e-300)  # 0 for a point
 
-# %% ../nbs/13b_one_step.ipynb #96f2b581
+# %% ../nbs/13b_one_step.ipynb #4cdf5b51
 @dataclass(frozen=True)
 class GeneratorConfig(FieldConfig):
     "Settings of a `SinkhornGenerator`."
@@ -136,13 +137,20 @@ class GeneratorConfig(FieldConfig):
     ema: float = setting(.99, at_least=0, below=1)  # decay of the moving average of the weights
     sample_steps: int = setting(1, at_least=1, at_most=1)  # network calls of a sample
     first_blur: float = setting(.3, above=0)  # √ε at the first step, in standard deviations, …
-    blur: float = setting(.015, above=0)  # … and at the end …
+    blur: float = setting(.02, above=0)  # … and at the end …
     blur_fall: float = setting(.6, above=0, at_most=1)  # … of this share of the steps
     self_term: str = setting("independent", choices=SELF_TERMS)  # what T_{q,q'} is taken against
     field: str = setting("sinkhorn", choices=("sinkhorn", "kernel"))  # V: ours, or Drifting's
     step: float = setting(1., above=0)  # η: how far along V the samples shall move
     normalise: bool = False  # divide V by its root mean square?
-    tol: float = setting(.05, above=0)  # L1 marginal error of the Sinkhorn solves
+    residual_blocks: bool = False  # `ResidualMLP` of width and depth in place of the MLP?
+    tol: float = setting(.1, above=0)  # L1 marginal error of the Sinkhorn solves
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.residual_blocks and self.channels:
+            raise ValueError(f"residual_blocks is for a perceptron: channels must be 0, got "
+                             f"{self.channels}")
 
 # %% ../nbs/13b_one_step.ipynb #d2ebed66
 _FIELDS = {"sinkhorn": velocity, "kernel": kernel_velocity}
@@ -261,7 +269,7 @@ class GeneratorNet(nn.Module):
         image = self.net(near, t, *given)
         return image + near - z if self.residual else image - z
 
-# %% ../nbs/13b_one_step.ipynb #c8656664
+# %% ../nbs/13b_one_step.ipynb #34b4c789
 class SinkhornGenerator(VelocityModel):
     "One network call a sample: `SinkhornGenerator().fit(data).sample(n)`."
     Config = GeneratorConfig
@@ -281,8 +289,13 @@ class SinkhornGenerator(VelocityModel):
 
     def make_network(self, shape, **inputs):
         "A fresh network for samples of this shape, and for the inputs of a condition."
-        net = super().make_network(shape, **inputs)
-        return GeneratorNet(net, math.prod(shape), residual=not self.config.channels)
+        c = self.config
+        if c.residual_blocks:
+            net = ResidualMLP(shape, c.width, c.depth, **inputs)
+        else:
+            net = super().make_network(shape, **inputs)
+        residual = not c.channels and not c.residual_blocks
+        return GeneratorNet(net, math.prod(shape), residual)
 
     def make_batches(self, sampler, progress):
         "(z, 0, y): source, the network's time, data."

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import fails
 
-from nsgf_nb import NSGF, NSGFPlusPlus
+from nsgf_nb import NSGF, NSGFPlusPlus, SinkhornGenerator
 from nsgf_nb.bench import image_experiments
 from nsgf_nb.bench.image_experiments import (
     IMAGE_EXPERIMENTS,
@@ -79,6 +79,22 @@ def test_all_methods_share_network_and_budget(data):
         for key in ("channels", "mult", "blocks", "attention", "batch_size", "patch", "flip"):
             assert {getattr(config, key) for config in configs} == {
                 getattr(e.model(device="cpu").config, key)}
+
+
+@few_points
+@pytest.mark.filterwarnings("ignore:the samples are less diverse")
+def test_one_call(tmp_path):
+    e = IMAGE_EXPERIMENTS["digits-one-call"]
+    assert e.nfe == (1,) and not e.nfe_euler
+    result = run_images("digits-one-call", e, 0, tmp_path, device="cpu", quick=True, progress=False)
+    assert list(result["measured"]["nfe"]) == ["1"]
+    folder = tmp_path/"digits-one-call"/"seed0"
+    assert {"sheet.png", "nearest.png", "model.safetensors"} <= {p.name for p in folder.iterdir()}
+    model = load_model(folder/"model.safetensors", "cpu")
+    assert isinstance(model, SinkhornGenerator)
+    assert sample_images(model, 3, 1).shape == (3, 1, 8, 8)
+    with pytest.raises(ValueError, match="steps must be 1"):
+        sample_images(model, 3, 5)
 
 
 @pytest.mark.parametrize("method, coupling", (

@@ -111,7 +111,7 @@ METHODS = {
     "fm-population": "FM, population",
 }
 
-# %% ../../nbs/42_image_experiments.ipynb #012cb3c0
+# %% ../../nbs/42_image_experiments.ipynb #8ba803da
 _SMALL = dict(channels=32, mult=(1, 2), batch_size=64, lr=1e-3, clip=1.)
 _MNIST = dict(_SMALL, patch=2, batch_size=256, lr=2e-3)
 _ON_GPU = dict(lr=2e-4, ema=.9999, clip=1., bf16=True, compile=True)
@@ -136,12 +136,12 @@ for _base, _experiment in _EXPERIMENTS.items():
         _name = _base if _method == "nsgf" else f"{_base}-{_method}"
         IMAGE_EXPERIMENTS[_name] = replace(_experiment, method=_method)
 
-_ONE_CALL = dict(channels=32, mult=(1, 2), patch=2, batch_size=512, lr=2e-3, clip=1.,
+_ONE_CALL = dict(residual_blocks=True, width=512, batch_size=512, lr=1e-3, ema=.998, clip=1.,
                  first_blur=1., blur=1.)
 _ONCE = dict(method="one-call", nfe=(1,), nfe_euler=())
 IMAGE_EXPERIMENTS |= {
-    "digits-one-call": ImageExperiment("digits", _ONE_CALL, 2000, samples=749, draws=5, **_ONCE),
-    "mnist-one-call": ImageExperiment("mnist", _ONE_CALL, 3000, **_ONCE),
+    "digits-one-call": ImageExperiment("digits", _ONE_CALL, 5500, samples=749, draws=5, **_ONCE),
+    "mnist-one-call": ImageExperiment("mnist", dict(_ONE_CALL, width=1024), 4000, **_ONCE),
 }
 
 # %% ../../nbs/42_image_experiments.ipynb #cb9d7d31
@@ -195,10 +195,11 @@ def load_model(
         raise ValueError(f"{path} holds a model of type {name!r}, not one of {', '.join(kinds)}")
     return kinds[name].load(path, device)
 
-# %% ../../nbs/42_image_experiments.ipynb #fab312d5
+# %% ../../nbs/42_image_experiments.ipynb #e8295377
 def _quick(experiment):
     "The same experiment, small enough to see within seconds that everything works."
-    net = dict(experiment.net, channels=8, batch_size=8, bf16=False, compile=False)
+    net = dict(experiment.net, batch_size=8, bf16=False, compile=False)
+    net["width" if experiment.method == "one-call" else "channels"] = 8
     nfe = (1,) if experiment.method == "one-call" else (5,)
     return replace(experiment, net=net, train_steps=10, samples=64, nfe=nfe, nfe_euler=(),
                    draws=1)
@@ -234,11 +235,12 @@ def _train(experiment, seed, device, data, labels, parts, folder, pool, progress
     loops = _loops(model, folder)
     first = model.sinkhorn if isinstance(model, NSGFPlusPlus) else model
     options = {}
+    coupling = getattr(first.config, "coupling", None)  # a generator has none
     if experiment.classes:  # each has a pool and a plan of its own
         options["condition"] = labels
-    elif first.config.coupling == "minibatch":
+    elif coupling == "minibatch":
         options["pool"] = pool
-    elif first.config.coupling == "population":
+    elif coupling == "population":
         plans = folder.parent.parent/"plans"
         options["plan"] = _shared_plan(experiment, first, data, plans, progress)
     if not isinstance(model, NSGFPlusPlus):
