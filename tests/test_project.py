@@ -23,7 +23,7 @@ ORDER = """
 14_files 14b_units 15_data
 15b_conditions 15c_held_out
 16_cuda_graphs 17_settings 18_tables
-20_plane 21_images 22_ablations 23_speed 24_endurance 25_tables
+20_plane 21_images 22_ablations 23_speed 24_endurance 25_tables 26_one_call
 30_checkpoints 31_disk_pool 32_distributed
 40_protocol 41_experiments 41b_image_quality 42_image_experiments 43_gradient_flows
 44_jko_flow 45_comparison 46_ablations 47_classifiers 48_speed_curves 49_speed_bench

@@ -111,7 +111,7 @@ METHODS = {
     "fm-population": "FM, population",
 }
 
-# %% ../../nbs/42_image_experiments.ipynb #8ba803da
+# %% ../../nbs/42_image_experiments.ipynb #aee9a47d
 _SMALL = dict(channels=32, mult=(1, 2), batch_size=64, lr=1e-3, clip=1.)
 _MNIST = dict(_SMALL, patch=2, batch_size=256, lr=2e-3)
 _ON_GPU = dict(lr=2e-4, ema=.9999, clip=1., bf16=True, compile=True)
@@ -136,11 +136,11 @@ for _base, _experiment in _EXPERIMENTS.items():
         _name = _base if _method == "nsgf" else f"{_base}-{_method}"
         IMAGE_EXPERIMENTS[_name] = replace(_experiment, method=_method)
 
-_ONE_CALL = dict(residual_blocks=True, width=512, batch_size=512, lr=1e-3, ema=.998, clip=1.,
-                 first_blur=1., blur=1.)
+_ONE_CALL = dict(residual_blocks=True, width=512, batch_size=512, lr=2e-3, ema=.99, clip=1.,
+                 first_blur=.5, blur=.5, tol=.05)
 _ONCE = dict(method="one-call", nfe=(1,), nfe_euler=())
 IMAGE_EXPERIMENTS |= {
-    "digits-one-call": ImageExperiment("digits", _ONE_CALL, 5500, samples=749, draws=5, **_ONCE),
+    "digits-one-call": ImageExperiment("digits", _ONE_CALL, 5000, samples=749, draws=5, **_ONCE),
     "mnist-one-call": ImageExperiment("mnist", dict(_ONE_CALL, width=1024), 4000, **_ONCE),
 }
 

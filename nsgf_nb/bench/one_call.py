@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHOICES', 'FULL', 'QUICK', 'Budget', 'try_choice', 'bench_choices', 'register']
 
-# %% ../../nbs/49e_one_call_bench.ipynb #271bc5c0
+# %% ../../nbs/49e_one_call_bench.ipynb #6f9eddd9
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -27,10 +27,10 @@ from nsgf_nb.bench.protocol import (
 from ..files import writable_folder, write_json
 from ..metrics import Estimate, ratio, sw2
 from ..one_step import DiversityWatch, GeneratorConfig, SinkhornGenerator
-from ..targets import sample_2d
+from ..targets import TARGETS, sample_2d
 from ..training import find_device
 
-# %% ../../nbs/49e_one_call_bench.ipynb #16d3751c
+# %% ../../nbs/49e_one_call_bench.ipynb #e7bfef1e
 CHOICES = {  # what is changed -> settings
     "as it is": {},
     "self-term: masked": dict(self_term="masked"),
@@ -55,13 +55,11 @@ class Budget:
     samples: int = 3_000_000  # of the generator, in a training
     settings: dict = field(default_factory=lambda: dict(width=128, depth=3, batch_size=1024))
     protocol: Protocol = Protocol(sample_steps=(1,), sw2_draws=(5,))
-    targets: tuple = ("moons", "8gaussians")
-    seeds: tuple = (0, 1, 2)
 
 FULL = Budget()
-QUICK = Budget(samples=2000, settings=dict(width=16, depth=2, batch_size=64), targets=("moons",),
+QUICK = Budget(samples=2000, settings=dict(width=16, depth=2, batch_size=64),
                protocol=Protocol(sw2_points=500, w2_points=64, sample_steps=(1,), sw2_draws=(2,),
-                                 floor_pairs=2), seeds=(0,))
+                                 floor_pairs=2))
 
 # %% ../../nbs/49e_one_call_bench.ipynb #6826edfc
 def try_choice(
@@ -92,21 +90,23 @@ def try_choice(
     diversity = watch.measure(draw(target, model, 1000, 2).cpu())
     return dict(sw2=times, **diversity._asdict(), seconds=seconds, steps=steps)
 
-# %% ../../nbs/49e_one_call_bench.ipynb #fa10cd7b
+# %% ../../nbs/49e_one_call_bench.ipynb #74097193
 def bench_choices(
     budget: Budget,
     folder,  # where choices.json and the floors are
     device=None,  # where to compute
     choices: tuple = tuple(CHOICES),  # names in `CHOICES`
+    targets: tuple = ("moons", "8gaussians"),  # names in `TARGETS`
+    seeds: tuple = (0, 1, 2),
 ) -> dict:  # what choices.json holds
     "Try each choice on each target with each seed, and add what choices.json lacks."
     device = find_device(device)
     path = writable_folder(folder)/"choices.json"
     new = dict(budget=to_json(budget), provenance=provenance(device), rows={})
     results = open_results(path, new)
-    for target in budget.targets:
+    for target in targets:
         floors = cached_floors(target, budget.protocol, folder)
-        for seed in budget.seeds:
+        for seed in seeds:
             for name in choices:
                 key = f"{name} | {target} | {seed}"
                 if key in results["rows"]:
@@ -117,7 +117,7 @@ def bench_choices(
                 print(f"{key}: {row['sw2']:.2f} floors in {row['seconds']:.0f} s", flush=True)
     return results
 
-# %% ../../nbs/49e_one_call_bench.ipynb #7a74b499
+# %% ../../nbs/49e_one_call_bench.ipynb #1e1235fc
 def register(
     subparsers,  # those of `nsgf bench`
 ):
@@ -126,9 +126,14 @@ def register(
                                                     "at a time, in the plane")
     parser.add_argument("--choices", nargs="+", choices=CHOICES, default=tuple(CHOICES),
                         metavar="CHOICE", help="some of them (default: all): " + "; ".join(CHOICES))
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=("moons", "8gaussians"),
+                        help="default: moons and 8gaussians")
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2), metavar="SEED",
+                        help="default: 0 1 2")
     add_bench_options(parser, "runs/one-call")
     parser.set_defaults(call=_command)
 
 def _command(args):
-    bench_choices(QUICK if args.quick else FULL, args.out, args.device, tuple(args.choices))
+    budget = QUICK if args.quick else FULL
+    bench_choices(budget, args.out, args.device, args.choices, args.targets, args.seeds)
     print(f"wrote {Path(args.out)/'choices.json'}")
