@@ -10,7 +10,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import check_is_fitted
 
-from nsgf_nb import NSGF, NSGFPlusPlus
+from nsgf_nb import NSGF, NSGFPlusPlus, SinkhornGenerator
 from nsgf_nb.flow_matching import FlowMatching, FlowMatchingConfig
 from nsgf_nb.nsgf import NSGFConfig
 
@@ -28,7 +28,7 @@ def test_a_repr_shows_what_differs_from_the_defaults():
     assert "lr=0.5" in repr(model)
 
 
-@pytest.mark.parametrize("make", (NSGF, FlowMatching, NSGFPlusPlus))
+@pytest.mark.parametrize("make", (NSGF, FlowMatching, NSGFPlusPlus, SinkhornGenerator))
 def test_parameters_make_the_same_model_again(make):
     model = make(train_steps=7, device="cpu")
     params = model.get_params(deep=False)
