@@ -79,7 +79,7 @@ def _coordinates(x, given, weight):
     parts += [math.sqrt(weight)*numbers[:, :-1] for numbers in given if numbers.ndim == 2]
     return torch.cat(parts, 1)
 
-# %% ../nbs/13b_one_step.ipynb #d95c2382
+# %% ../nbs/13b_one_step.ipynb #c655f2e0
 class Diversity(NamedTuple):
     "Samples beside data: 1 is as diverse as the data, 0 a single point."
     variance: float  # total variance, in units of the data's
@@ -100,7 +100,8 @@ class DiversityWatch:
         from sklearn.cluster import KMeans
         y = data.flatten(1).cpu().double()
         self.data, self.others = y[0::2], y[1::2]
-        self.means = KMeans(min(cells, len(y)), n_init=1, random_state=0).fit(y.numpy())
+        cells = min(cells, len(y.unique(dim=0)))
+        self.means = KMeans(cells, n_init=1, random_state=0).fit(y.numpy())
         self.shares = self._shares(y)
         self.others_recall = precision_recall(self.others, self.data)[1]
 

@@ -111,7 +111,7 @@ METHODS = {
     "fm-population": "FM, population",
 }
 
-# %% ../../nbs/42_image_experiments.ipynb #aee9a47d
+# %% ../../nbs/42_image_experiments.ipynb #1c077efc
 _SMALL = dict(channels=32, mult=(1, 2), batch_size=64, lr=1e-3, clip=1.)
 _MNIST = dict(_SMALL, patch=2, batch_size=256, lr=2e-3)
 _ON_GPU = dict(lr=2e-4, ema=.9999, clip=1., bf16=True, compile=True)
@@ -140,7 +140,7 @@ _ONE_CALL = dict(residual_blocks=True, width=512, batch_size=512, lr=2e-3, ema=.
                  first_blur=.5, blur=.5, tol=.05)
 _ONCE = dict(method="one-call", nfe=(1,), nfe_euler=())
 IMAGE_EXPERIMENTS |= {
-    "digits-one-call": ImageExperiment("digits", _ONE_CALL, 5000, samples=749, draws=5, **_ONCE),
+    "digits-one-call": ImageExperiment("digits", _ONE_CALL, 4000, samples=749, draws=5, **_ONCE),
     "mnist-one-call": ImageExperiment("mnist", dict(_ONE_CALL, width=1024), 4000, **_ONCE),
 }
 
