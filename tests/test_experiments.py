@@ -26,6 +26,7 @@ from nsgf_nb.bench.protocol import Protocol, measure, to_json
 from nsgf_nb.files import read_json
 from nsgf_nb.flow import TrajectoryPool
 from nsgf_nb.nsgf import NSGF, NSGFConfig
+from nsgf_nb.one_step import SinkhornGenerator
 from nsgf_nb.targets import TARGETS
 
 RESULTS = Path(__file__).resolve().parent.parent/"nbs"/"results"
@@ -226,14 +227,16 @@ def test_results_are_those_of_the_experiments(name):
                 assert math.isclose(d["ratio"], d["mean"]/floor, rel_tol=1e-9)
 
 
+@pytest.mark.parametrize("kind, make, steps", (
+    ("2d", NSGF, 10), ("few-calls-generator", SinkhornGenerator, 1)))
 @pytest.mark.parametrize("target", TARGETS)
-def test_models_of_the_results_give_their_numbers(target):
-    folder = RESULTS/f"2d-{target}"/"seed0"
+def test_models_of_the_results_give_their_numbers(target, kind, make, steps):
+    folder = RESULTS/f"{kind}-{target}"/"seed0"
     result = read_json(folder/"result.json")
-    model = NSGF.load(folder/"model.safetensors", device="cpu")
+    model = make.load(folder/"model.safetensors", device="cpu")
     protocol = Protocol(w2_points=1024, w2_draws=1, sw2_points=1, sw2_draws=(1,),
-                        sample_steps=(10,))
-    measured = measure(target, model, protocol, result["floors"])
-    stored = result["measured"]["10"]["w2"]["values"][0]
-    assert math.isclose(measured["10"]["w2"]["values"][0], stored, rel_tol=2e-3)  # half precision
+                        sample_steps=(steps,))
+    measured = measure(target, model, protocol, result["floors"])[str(steps)]["w2"]["values"][0]
+    stored = result["measured"][str(steps)]["w2"]["values"][0]
+    assert math.isclose(measured, stored, rel_tol=2e-3)  # half precision
     assert all(w.dtype == torch.float32 for w in model.net.state_dict().values())
