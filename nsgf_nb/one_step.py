@@ -153,7 +153,7 @@ class GeneratorConfig(FieldConfig):
             raise ValueError(f"residual_blocks is for a perceptron: channels must be 0, got "
                              f"{self.channels}")
 
-# %% ../nbs/13b_one_step.ipynb #d2ebed66
+# %% ../nbs/13b_one_step.ipynb #0c2114c1
 _FIELDS = {"sinkhorn": velocity, "kernel": kernel_velocity}
 _LOOKS = 50  # at the diversity, in a training
 _NO_BOUND = 3e4  # radius that no draw reaches; finite in half precision
@@ -244,7 +244,7 @@ class GeneratorTrainer(Trainer):
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        self.looks = [tuple(look) for look in state["looks"].tolist()]
+        self.looks[:] = [tuple(look) for look in state["looks"].tolist()]  # the model's, too
 
 # %% ../nbs/13b_one_step.ipynb #5d2e10b3
 class GeneratorNet(nn.Module):

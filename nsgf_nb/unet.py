@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ResBlock', 'Attention', 'UNet', 'TimeNet']
 
-# %% ../nbs/11_unet.ipynb #078607aa
+# %% ../nbs/11_unet.ipynb #c9992978
 import math
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .mlp import ConditionalNet
+from .mlp import ConditionalNet, check_batch_shape
 
 # %% ../nbs/11_unet.ipynb #11-007
 def _sinusoid(
@@ -176,7 +176,7 @@ class _Builder:
         attention = Attention(channels)
         return _Stage(before, attention, self.block(channels, channels))
 
-# %% ../nbs/11_unet.ipynb #11-018
+# %% ../nbs/11_unet.ipynb #36e5e4e1
 def _check_image_net(shape, channels, levels=1, patch=1):
     "ValueError for settings of which no network can be made."
     if len(shape) != 3:
@@ -190,13 +190,7 @@ def _check_image_net(shape, channels, levels=1, patch=1):
             f"images are {height}×{width}, but a UNet with {levels} levels (mult) and "
             f"patch={patch} needs multiples of {unit}: pad or resize them, or take fewer levels")
 
-def _check_batch(x, shape):
-    "ValueError unless x is a batch of images of this shape."
-    if x.shape[1:] != shape:
-        expected = ", ".join(map(str, shape))
-        raise ValueError(f"x must be of shape (B, {expected}), got {tuple(x.shape)}")
-
-# %% ../nbs/11_unet.ipynb #4b839454
+# %% ../nbs/11_unet.ipynb #02e06e13
 class UNet(ConditionalNet):
     "A velocity field v(x, t) for images (Dhariwal and Nichol 2021); ValueError for a wrong size."
 
@@ -246,7 +240,7 @@ class UNet(ConditionalNet):
         t: Tensor,  # times in [0, 1], (B,) or a number
         *given: Tensor,  # as for `embed_given`, if the network has a condition
     ) -> Tensor:  # velocities, like x
-        _check_batch(x, self.shape)
+        check_batch_shape(x, self.shape)
         e = self.embed(t, given, len(x))
         h = F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last)
         h = self.first(h)
@@ -261,7 +255,7 @@ class UNet(ConditionalNet):
             h = part(h, e)
         return F.pixel_shuffle(self.last(h), self.patch).to(x.dtype)
 
-# %% ../nbs/11_unet.ipynb #11-029
+# %% ../nbs/11_unet.ipynb #0a4caf5a
 class TimeNet(nn.Module):
     "The time t in [0, 1] of an image (1 − t)·noise + t·data; ValueError for a wrong size."
 
@@ -291,6 +285,6 @@ class TimeNet(nn.Module):
         x: Tensor,  # images (B, C, H, W)
         t: Tensor | None = None,  # ignored; a TimeNet is called as a field is
     ) -> Tensor:  # times (B,)
-        _check_batch(x, self.shape)
+        check_batch_shape(x, self.shape)
         h = self.layers(x.contiguous(memory_format=torch.channels_last))
         return self.last(h.mean((2, 3))).sigmoid()[:, 0]

@@ -1,5 +1,6 @@
 """The generator of one call: its velocity, its trainer, what it refuses."""
 import math
+import signal
 import warnings
 
 import numpy
@@ -179,7 +180,7 @@ def test_a_stopped_training_resumes_to_the_bit(tmp_path):
             class Stopping(type(trainer)):
                 def __next__(self):
                     if self.step == 17:
-                        raise KeyboardInterrupt
+                        signal.raise_signal(signal.SIGINT)
                     return following(self)
             trainer.__class__ = Stopping
             return super().__call__(trainer, *args)
@@ -189,6 +190,7 @@ def test_a_stopped_training_resumes_to_the_bit(tmp_path):
     path = tmp_path/"run.checkpoint"
     with pytest.raises(KeyboardInterrupt):
         SinkhornGenerator(**TINY).fit(data, progress=False, loop=Stop(path))
+    assert LongRun(path).steps_done() == 18
     resumed = SinkhornGenerator(**TINY).fit(data, progress=False, loop=LongRun(path))
     assert torch.equal(resumed.sample(50), whole.sample(50))
     assert resumed.diversity == whole.diversity

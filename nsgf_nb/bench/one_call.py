@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHOICES', 'FULL', 'QUICK', 'Budget', 'try_choice', 'bench_choices', 'register']
 
-# %% ../../nbs/49e_one_call_bench.ipynb #6f9eddd9
+# %% ../../nbs/49e_one_call_bench.ipynb #952558ee
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ from nsgf_nb.bench.protocol import (
     Protocol,
     add_bench_options,
     cached_floors,
+    distances_to_target,
     draw,
     open_results,
     plane_settings,
@@ -61,7 +62,7 @@ QUICK = Budget(samples=2000, settings=dict(width=16, depth=2, batch_size=64),
                protocol=Protocol(sw2_points=500, w2_points=64, sample_steps=(1,), sw2_draws=(2,),
                                  floor_pairs=2))
 
-# %% ../../nbs/49e_one_call_bench.ipynb #6826edfc
+# %% ../../nbs/49e_one_call_bench.ipynb #d408f595
 def try_choice(
     settings: dict,  # of `GeneratorConfig`, in place of the defaults
     target: str,  # one of `TARGETS`
@@ -80,10 +81,9 @@ def try_choice(
         warnings.simplefilter("ignore", UserWarning)  # what collapses is measured below
         model.fit(data, source, progress=False)
     seconds = time.perf_counter() - start
-    n = budget.protocol.sw2_points
-    distances = [sw2(draw(target, model, n, 2*k), sample_2d(target, n, 2*k + 1))
-                 for k in range(500_000 + 1000*seed, 500_000 + 1000*seed
-                                + budget.protocol.sw2_draws[0])]
+    distances = distances_to_target(
+        target, sw2, budget.protocol.sw2_points, budget.protocol.sw2_draws[0],
+        1_000_000 + 2000*seed, lambda n, s: draw(target, model, n, s))
     floor = Estimate(floors["sw2"]["mean"], floors["sw2"]["se"])
     times, _ = ratio(distances, floor)
     watch = DiversityWatch(sample_2d(target, 2000, 1))
