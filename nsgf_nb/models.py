@@ -35,7 +35,7 @@ from nsgf_nb.training import (
 )
 from .units import standardizer_from
 
-# %% ../nbs/06e_models.ipynb #dfd7630e
+# %% ../nbs/06e_models.ipynb #89d9109f
 _HELD_OUT_BATCHES = 16
 _LEAST_HELD_OUT = 100  # rows; fewer say too little, and could not be spared
 _MOST_HELD_OUT = 500
@@ -106,6 +106,11 @@ class Model(Configurable, Pretrained):
         "A fresh network for samples of this shape, and for the inputs of a condition."
         return make_network(self.config, shape, **inputs)
 
+    def network_for(self, sampler, condition=None):
+        "A fresh network for the sampler's shape and the condition, on the device."
+        inputs = {} if condition is None else condition.kinds.inputs
+        return self.make_network(sampler.shape, **inputs).to(self.device, torch.float32)
+
     def make_batches(self, sampler, progress):
         "An iterator of the batches to learn from, in the model's unit."
         raise NotImplementedError(f"{type(self).__name__} does not say what it learns from")
@@ -114,8 +119,7 @@ class Model(Configurable, Pretrained):
                      **options):
         "The trainer of a fresh network; it needs no batches if no steps remain."
         c = self.config
-        inputs = {} if condition is None else condition.kinds.inputs
-        net = self.make_network(sampler.shape, **inputs).to(self.device, torch.float32)
+        net = self.network_for(sampler, condition)
         batches = ()
         if steps_remain:
             batches = self._batches(sampler, condition, progress, options)

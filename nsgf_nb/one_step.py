@@ -270,7 +270,7 @@ class GeneratorNet(nn.Module):
         image = self.net(near, t, *given)
         return image + near - z if self.residual else image - z
 
-# %% ../nbs/13b_one_step.ipynb #34b4c789
+# %% ../nbs/13b_one_step.ipynb #36fb97df
 class SinkhornGenerator(VelocityModel):
     "One network call a sample: `SinkhornGenerator().fit(data).sample(n)`."
     Config = GeneratorConfig
@@ -316,8 +316,7 @@ class SinkhornGenerator(VelocityModel):
     def make_trainer(self, sampler, progress, steps_remain=True, condition=None, features=None):
         "The trainer of a fresh network; it needs no batches if no steps remain."
         c = self.config
-        inputs = {} if condition is None else condition.kinds.inputs
-        net = self.make_network(sampler.shape, **inputs).to(self.device, torch.float32)
+        net = self.network_for(sampler, condition)
         if not sampler.normal:
             net.radius.fill_(_NO_BOUND)
         if condition is not None:
