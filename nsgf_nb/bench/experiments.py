@@ -58,18 +58,18 @@ DEMO = Experiment(
     replace(_PLANE, pool_size=2**18, train_steps=8000, batch_size=512, lr=5e-3, width=128, depth=3),
     Protocol(w2_draws=5, sw2_draws=(3,), sample_steps=(10,), floor_pairs=6))
 
-# %% ../../nbs/41_experiments.ipynb #64f57d5f
+# %% ../../nbs/41_experiments.ipynb #e3196cd1
 def _flow(coupling, train_steps, pool_size):
     return FlowMatchingConfig(coupling=coupling, train_steps=train_steps, pool_size=pool_size,
                               **plane_settings(FlowMatchingConfig))
 
 MODELS = {NSGFConfig: NSGF, FlowMatchingConfig: FlowMatching, GeneratorConfig: SinkhornGenerator}
-FEW_CALLS = {  # about seven minutes of a core each
-    "generator": GeneratorConfig(train_steps=12_000, **plane_settings(GeneratorConfig)),
-    "nsgf": replace(_PLANE, train_steps=24_000, minibatch=1024),
-    "fm": _flow("independent", 30_000, 0),
-    "ot-cfm": _flow("ot", 28_000, 2**19),
-    "reflow": _flow("reflow", 14_000, 2**18),  # and as many steps for its teacher
+FEW_CALLS = {  # at most ten minutes of a core each
+    "generator": GeneratorConfig(train_steps=16_000, **plane_settings(GeneratorConfig)),
+    "nsgf": replace(_PLANE, train_steps=32_000, minibatch=1024),
+    "fm": _flow("independent", 40_000, 0),
+    "ot-cfm": _flow("ot", 37_000, 2**19),
+    "reflow": _flow("reflow", 18_500, 2**18),  # and as many steps for its teacher
 }
 _CALLS = {method: (1,) if method == "generator" else (1, 2, 3, 5, 10) for method in FEW_CALLS}
 EXPERIMENTS |= {
