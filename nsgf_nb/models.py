@@ -35,7 +35,7 @@ from nsgf_nb.training import (
 )
 from .units import standardizer_from
 
-# %% ../nbs/06e_models.ipynb #89d9109f
+# %% ../nbs/06e_models.ipynb #95c2c6fc
 _HELD_OUT_BATCHES = 16
 _LEAST_HELD_OUT = 100  # rows; fewer say too little, and could not be spared
 _MOST_HELD_OUT = 500
@@ -213,7 +213,7 @@ class Model(Configurable, Pretrained):
                 states = self._states_of(*rest) if steps_remain else []
                 options["held_out"] = HeldOut(states, max(10, sampler.steps//50))
             trainer = self.make_trainer(sampler, progress, steps_remain, **options)
-            trainer.settings = self._identity(sampler, source, given)
+            trainer.settings = trainer.settings | self._identity(sampler, source, given)
             trainer.phases = self.seconds
             result = loop(trainer, progress)
         self._keep(result, sampler, source)

@@ -270,7 +270,7 @@ class GeneratorNet(nn.Module):
         image = self.net(near, t, *given)
         return image + near - z if self.residual else image - z
 
-# %% ../nbs/13b_one_step.ipynb #36fb97df
+# %% ../nbs/13b_one_step.ipynb #6ce19907
 class SinkhornGenerator(VelocityModel):
     "One network call a sample: `SinkhornGenerator().fit(data).sample(n)`."
     Config = GeneratorConfig
@@ -327,8 +327,12 @@ class SinkhornGenerator(VelocityModel):
         if steps_remain:
             watch = DiversityWatch(y) if len(y) >= 16 else None
             batches = self._batches(sampler, condition, progress, {})
+        # of a checkpoint: functions have no names, but their deviations tell them apart
+        settings = dict(features=None)
+        if features is not None:
+            settings["features"] = [f"{deviation:.4g}" for _, deviation in maps]
         trainer = GeneratorTrainer(net, batches, sampler.steps, c, maps, watch,
-                                   compile=c.compile and steps_remain)
+                                   compile=c.compile and steps_remain, settings=settings)
         self.diversity = trainer.looks
         return trainer
 

@@ -97,6 +97,27 @@ def test_one_call(tmp_path):
         sample_images(model, 3, 5)
 
 
+@few_points
+@pytest.mark.filterwarnings("ignore:the samples are less diverse")
+def test_features_of_a_classifier_of_its_own(tmp_path, monkeypatch):
+    e = dataclasses.replace(IMAGE_EXPERIMENTS["digits-one-call"], feature_width=8)
+    run = partial(run_images, "digits-one-call", e, 0, tmp_path, device="cpu", quick=True,
+                  progress=False)
+    result = run()
+    assert result["phases"]["straight"]["features"] > 0
+    path = tmp_path/"digits-one-call"/"seed0"/"features.safetensors"
+    own = Classifier.load(path)
+    assert own.config["width"] == 4  # of a smoke test
+    x = load_images("digits")[:10]
+    assert not torch.allclose(own(x), Classifier.from_pretrained("digits")(x))
+    # what is there is not trained again
+    monkeypatch.setattr(image_experiments, "train_classifier", None)
+    again, before = (r["measured"]["nfe"]["1"]["frechet"] for r in (run(), result))
+    assert again == before
+    with pytest.raises(ValueError, match="labels must be given"):
+        run(data=x.repeat(20, 1, 1, 1))
+
+
 @pytest.mark.parametrize("method, coupling", (
     ("nsgf", "population"), ("nsgf-minibatch", "minibatch"), ("fm", "independent"),
     ("ot-cfm", "ot"), ("fm-population", "population"),

@@ -172,6 +172,17 @@ def test_features_are_checked(features, error):
 
 
 @quiet
+def test_a_checkpoint_of_other_features_is_not_resumed(tmp_path):
+    path = tmp_path/"run.checkpoint"
+    data = normal(200, 2)
+    SinkhornGenerator(**TINY).fit(data, progress=False, features=torch.sin, loop=LongRun(path))
+    SinkhornGenerator(**TINY).fit(data, progress=False, features=torch.sin, loop=LongRun(path))
+    for other in (torch.cos, None):
+        with pytest.raises(ValueError, match="features"):
+            SinkhornGenerator(**TINY).fit(data, progress=False, features=other, loop=LongRun(path))
+
+
+@quiet
 def test_a_stopped_training_resumes_to_the_bit(tmp_path):
     class Stop(LongRun):
         def __call__(self, trainer, *args):

@@ -6,7 +6,7 @@
 __all__ = ['SAMPLING', 'METHODS', 'IMAGE_EXPERIMENTS', 'ImageExperiment', 'save_sheet', 'load_model', 'report_images',
            'run_images', 'train_images']
 
-# %% ../../nbs/42_image_experiments.ipynb #b6dd3b56
+# %% ../../nbs/42_image_experiments.ipynb #ed568f99
 import re
 import time
 import warnings
@@ -17,6 +17,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from .classifiers import CLASSIFIERS, train_classifier
 from .image_quality import measure_images, parts_of, sample_images
 from .protocol import provenance
 from nsgf_nb.files import (
@@ -27,7 +28,7 @@ from nsgf_nb.files import (
     write_json,
 )
 from ..flow_matching import FlowMatching, FlowMatchingConfig
-from ..image_metrics import inception_scores, nearest_image
+from ..image_metrics import Classifier, inception_scores, nearest_image
 from ..images import load_images, show_images
 from ..nsgf import NSGF, NSGFConfig
 from ..nsgfpp import PARTS, NSGFPlusPlus
@@ -37,7 +38,7 @@ from ..runs.distributed import DistributedRun, SharedDiskPool, SharedPool, ranks
 from ..semidiscrete import SemidiscretePlan
 from ..training import TrainConfig
 
-# %% ../../nbs/42_image_experiments.ipynb #33a99f7e
+# %% ../../nbs/42_image_experiments.ipynb #52f617d5
 @dataclass(frozen=True)
 class ImageExperiment:
     "What is trained on which images, and how it is measured."
@@ -46,6 +47,7 @@ class ImageExperiment:
     train_steps: int  # of the networks that carry images, together
     method: str = "nsgf"  # one of `METHODS`, or "one-call"
     classes: bool = False  # learn a flow for each class of the images?
+    feature_width: int = 0  # one call: channels of a classifier whose features move, too; 0: none
     plan_rank: int = 0  # population couplings: directions of the data that the cost sees; 0: all
     plan_blur: float = 0.  # population couplings: square root of ε, in standard deviations
     pairs: int = 2**17  # of noise and data, made before the training (independent ones: never)
@@ -195,14 +197,14 @@ def load_model(
         raise ValueError(f"{path} holds a model of type {name!r}, not one of {', '.join(kinds)}")
     return kinds[name].load(path, device)
 
-# %% ../../nbs/42_image_experiments.ipynb #e8295377
+# %% ../../nbs/42_image_experiments.ipynb #9ccd0e6d
 def _quick(experiment):
     "The same experiment, small enough to see within seconds that everything works."
     net = dict(experiment.net, batch_size=8, bf16=False, compile=False)
     net["width" if experiment.method == "one-call" else "channels"] = 8
     nfe = (1,) if experiment.method == "one-call" else (5,)
     return replace(experiment, net=net, train_steps=10, samples=64, nfe=nfe, nfe_euler=(),
-                   draws=1)
+                   draws=1, feature_width=min(4, experiment.feature_width))
 
 def _loops(model, folder):
     "A loop with a checkpoint for each part."
@@ -229,12 +231,35 @@ def _shared_plan(experiment, model, data, folder, progress):
             Checkpoint(f"{path}.checkpoint").remove()
         return SemidiscretePlan.load(path, device=model.device)
 
+_CLASSIFIER_SEED = 1000  # plus the run's; the classifier that measures has seed 0
+
+def _feature_classifier(experiment, seed, data, labels, folder, progress):
+    "A classifier for a generator's features, kept in the run's folder."
+    path = folder/"features.safetensors"
+    with file_lock(path, wait=3600.):
+        if not path.exists():
+            start = time.perf_counter()
+            settings = dict(CLASSIFIERS[experiment.data], width=experiment.feature_width)
+            loop = LongRun(folder/"features.checkpoint")
+            classifier = train_classifier(data, labels, **settings, seed=_CLASSIFIER_SEED + seed,
+                                          progress=progress, loop=loop)
+            classifier.about = dict(seconds=time.perf_counter() - start)
+            classifier.save(path)
+            Checkpoint(folder/"features.checkpoint").remove()
+    return Classifier.load(path, data.device)
+
 def _train(experiment, seed, device, data, labels, parts, folder, pool, progress):
     "The trained model; None if other processes still have to train some of its parts."
     model = experiment.model(seed, device)
     loops = _loops(model, folder)
     first = model.sinkhorn if isinstance(model, NSGFPlusPlus) else model
     options = {}
+    if labels is None and (experiment.classes or experiment.feature_width):
+        raise ValueError("labels must be given with the data of an experiment that uses them")
+    if experiment.feature_width:
+        classifier = _feature_classifier(experiment, seed, data.to(model.device), labels, folder,
+                                         progress)
+        options["features"] = [torch.nn.Flatten(), classifier.body]
     coupling = getattr(first.config, "coupling", None)  # a generator has none
     if experiment.classes:  # each has a pool and a plan of its own
         options["condition"] = labels
@@ -245,6 +270,8 @@ def _train(experiment, seed, device, data, labels, parts, folder, pool, progress
         options["plan"] = _shared_plan(experiment, first, data, plans, progress)
     if not isinstance(model, NSGFPlusPlus):
         model.fit(data, progress=progress, loop=loops["straight"], **options)
+        if experiment.feature_width:
+            model.seconds["features"] = classifier.about["seconds"]
         return _with_plan_seconds(model, first, options.get("plan"))
     parts = [name for name in parts if name in model.parts]
     model.fit(data, parts, progress, loops, **options)
@@ -296,15 +323,16 @@ def _phases(model):
             parameters=sum(p.numel() for p in part.net.parameters()))
     return phases
 
-# %% ../../nbs/42_image_experiments.ipynb #af33f703
+# %% ../../nbs/42_image_experiments.ipynb #f9ab2d61
+_PHASES = ("features", "couplings", "pairs", "pool", "training")  # that take seconds
+
 def report_images(
     result: dict,  # as in result.json; "phases" may be missing
 ) -> str:
     "A line for each part and a line for each number of network calls, for people."
     lines = []
     for name, phase in result.get("phases", {}).items():
-        times = ", ".join(f"{key} {phase[key]:.1f} s"
-                          for key in ("couplings", "pairs", "pool", "training") if key in phase)
+        times = ", ".join(f"{key} {phase[key]:.1f} s" for key in _PHASES if key in phase)
         lines.append(f"{name}: {times}, {phase['images_per_second']:,.0f} images/s")
     measured = result["measured"]
     if "floor" not in measured:
