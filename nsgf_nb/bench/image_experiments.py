@@ -113,7 +113,7 @@ METHODS = {
     "fm-population": "FM, population",
 }
 
-# %% ../../nbs/42_image_experiments.ipynb #1c077efc
+# %% ../../nbs/42_image_experiments.ipynb #e2ba0dbc
 _SMALL = dict(channels=32, mult=(1, 2), batch_size=64, lr=1e-3, clip=1.)
 _MNIST = dict(_SMALL, patch=2, batch_size=256, lr=2e-3)
 _ON_GPU = dict(lr=2e-4, ema=.9999, clip=1., bf16=True, compile=True)
@@ -138,12 +138,16 @@ for _base, _experiment in _EXPERIMENTS.items():
         _name = _base if _method == "nsgf" else f"{_base}-{_method}"
         IMAGE_EXPERIMENTS[_name] = replace(_experiment, method=_method)
 
-_ONE_CALL = dict(residual_blocks=True, width=512, batch_size=512, lr=2e-3, ema=.99, clip=1.,
+_ONE_CALL = dict(residual_blocks=True, width=256, batch_size=512, lr=2e-3, ema=.99, clip=1.,
                  first_blur=.5, blur=.5, tol=.05)
 _ONCE = dict(method="one-call", nfe=(1,), nfe_euler=())
-IMAGE_EXPERIMENTS |= {
-    "digits-one-call": ImageExperiment("digits", _ONE_CALL, 4000, samples=749, draws=5, **_ONCE),
-    "mnist-one-call": ImageExperiment("mnist", dict(_ONE_CALL, width=1024), 4000, **_ONCE),
+_DIGITS_ONCE = ImageExperiment("digits", _ONE_CALL, 4200, feature_width=24, samples=749, draws=5,
+                               **_ONCE)
+IMAGE_EXPERIMENTS |= {  # "pixels": V sees these alone, for as many seconds
+    "digits-one-call": _DIGITS_ONCE,
+    "digits-one-call-pixels": replace(_DIGITS_ONCE, train_steps=13_000, feature_width=0),
+    "mnist-one-call": ImageExperiment("mnist", dict(_ONE_CALL, width=512, first_blur=1.5, blur=1.5),
+                                      4000, feature_width=16, **_ONCE),
 }
 
 # %% ../../nbs/42_image_experiments.ipynb #cb9d7d31
