@@ -113,7 +113,7 @@ METHODS = {
     "fm-population": "FM, population",
 }
 
-# %% ../../nbs/42_image_experiments.ipynb #e2ba0dbc
+# %% ../../nbs/42_image_experiments.ipynb #4373b4f1
 _SMALL = dict(channels=32, mult=(1, 2), batch_size=64, lr=1e-3, clip=1.)
 _MNIST = dict(_SMALL, patch=2, batch_size=256, lr=2e-3)
 _ON_GPU = dict(lr=2e-4, ema=.9999, clip=1., bf16=True, compile=True)
@@ -139,7 +139,7 @@ for _base, _experiment in _EXPERIMENTS.items():
         IMAGE_EXPERIMENTS[_name] = replace(_experiment, method=_method)
 
 _ONE_CALL = dict(residual_blocks=True, width=256, batch_size=512, lr=2e-3, ema=.99, clip=1.,
-                 first_blur=.5, blur=.5, tol=.05)
+                 first_blur=.75, blur=.75, tol=.05)
 _ONCE = dict(method="one-call", nfe=(1,), nfe_euler=())
 _DIGITS_ONCE = ImageExperiment("digits", _ONE_CALL, 4200, feature_width=24, samples=749, draws=5,
                                **_ONCE)
