@@ -482,7 +482,7 @@ def test_shipped_weights_make_images():
 
 def test_shipped_weights_of_another_kind():
     with pytest.raises(ValueError, match="'NSGFPlusPlus'.*not 'NSGF'"):
-        NSGF.from_pretrained("digits")
+        NSGF.from_pretrained("mnist")
 
 
 def test_a_pool_is_no_larger_than_the_states_that_are_drawn(monkeypatch):

@@ -358,11 +358,10 @@ def test_a_boastful_description_allocates_nothing(saved, change):
         NSGFPlusPlus.load(saved, "cpu")
 
 
-@pytest.mark.parametrize("name, calls", (("digits", 9), ("digits-nsgfpp", 10)))
-def test_shipped_weights_make_images(name, calls):
-    model = NSGFPlusPlus.from_pretrained(name, device="cpu")
+def test_shipped_weights_make_images():
+    model = NSGFPlusPlus.from_pretrained("digits-nsgfpp", device="cpu")
     x, nfe = model.sample(4, steps=4, return_nfe=True)
-    assert x.shape == (4, 1, 8, 8) and nfe.tolist() == [calls]*4
+    assert x.shape == (4, 1, 8, 8) and nfe.tolist() == [10]*4
     assert x.abs().mean() > .5  # mostly black and white
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from nsgf_nb.image_metrics import Classifier
 from nsgf_nb.metrics import w2
 from nsgf_nb.mlp import MLP
 from nsgf_nb.one_step import (
@@ -228,6 +229,16 @@ def test_a_collapsing_generator_warns_once():
         list(trainer)
     messages = [str(w.message) for w in caught if "less diverse" in str(w.message)]
     assert len(messages) == 1 and "variance 0.00" in messages[0]
+
+
+def test_shipped_weights_make_digits_in_one_call():
+    model = SinkhornGenerator.from_pretrained("digits-one-call", device="cpu")
+    x, nfe = model.sample(300, return_nfe=True)
+    assert x.shape == (300, 1, 8, 8) and nfe.tolist() == [1]*300
+    confident = Classifier.from_pretrained("digits")(x.clamp(-1, 1)).softmax(1).amax(1) > .9
+    assert confident.double().mean() > .85  # of real ones .98
+    classes = Classifier.from_pretrained("digits")(x.clamp(-1, 1)).argmax(1).bincount(minlength=10)
+    assert classes.min() > 10
 
 
 def test_what_a_map_cannot_do_is_refused():
