@@ -228,10 +228,11 @@ def test_a_json_file_that_is_too_large_is_not_read(tmp_path):
 def test_pretrained_weights_are_whole_and_small():
     folder = Path(nsgf_nb.__file__).parent/"weights"
     assert {"classifier-digits", "classifier-mnist", "digits", "mnist"} <= set(pretrained_names())
+    models = ("Classifier", "NSGFPlusPlus", "FlowMatching", "NSGF", "SinkhornGenerator")
     for name in pretrained_names():
         assert pretrained_path(name) == folder/f"{name}.safetensors"
         loaded, about = load_tensors(pretrained_path(name))
-        assert loaded and about["model"] in ("Classifier", "NSGFPlusPlus", "FlowMatching", "NSGF")
+        assert loaded and about["model"] in models
         assert read_json(folder/f"{name}.safetensors.json") == about
     assert sum(path.stat().st_size for path in folder.iterdir()) < 12e6
 
