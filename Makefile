@@ -14,10 +14,10 @@ help: ## list these commands
 demo: $(INSTALLED) ## train on 8gaussians (about a minute), draw the flow, print the distances
 	$(BIN)/nsgf demo
 
-# The result notebooks, 20 to 25, are run by pytest, which compares what they print with what is committed.
+# The result notebooks, 20 to 26, are run by pytest, which compares what they print with what is committed.
 test: $(INSTALLED) ## run every notebook, then pytest
 	@$(BIN)/python -c "from nbdev.doclinks import nbglob; import sys; sys.exit(None if nbglob() else 'nbdev finds no notebook to test.')"
-	MPLBACKEND=agg OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing --skip_file_re '^([_.]|2[0-5]_)'
+	MPLBACKEND=agg OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --timing --skip_file_re '^([_.]|2[0-6]_)'
 	MPLBACKEND=agg OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(INSTALLED) ## check the style of notebooks, tests and tools

@@ -105,7 +105,7 @@ def test_features_of_a_classifier_of_its_own(tmp_path, monkeypatch):
                   progress=False)
     result = run()
     assert result["phases"]["straight"]["features"] > 0
-    path = tmp_path/"digits-one-call"/"seed0"/"features.safetensors"
+    path = tmp_path/"digits-one-call"/"seed0"/"features-width4.safetensors"
     own = Classifier.load(path)
     assert own.config["width"] == 4  # of a smoke test
     x = load_images("digits")[:10]

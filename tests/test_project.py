@@ -275,7 +275,7 @@ def test_results_are_small():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ("20_plane", "21_images", "22_ablations", "23_speed",
-                                  "24_endurance", "25_tables"))
+                                  "24_endurance", "25_tables", "26_one_call"))
 def test_numbers_shown_are_those_of_the_results(name):
     "A notebook that reads results prints the same again: no number in it is older than its file."
     import nbformat

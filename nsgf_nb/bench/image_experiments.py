@@ -201,7 +201,7 @@ def load_model(
         raise ValueError(f"{path} holds a model of type {name!r}, not one of {', '.join(kinds)}")
     return kinds[name].load(path, device)
 
-# %% ../../nbs/42_image_experiments.ipynb #9ccd0e6d
+# %% ../../nbs/42_image_experiments.ipynb #5d19f54d
 def _quick(experiment):
     "The same experiment, small enough to see within seconds that everything works."
     net = dict(experiment.net, batch_size=8, bf16=False, compile=False)
@@ -224,32 +224,36 @@ def _missing(model, folder):
     return [name for name, part in parts_of(model).items()
             if _steps_done(folder/f"{name}.checkpoint") < part.config.train_steps]
 
+def _make_once(path, make):
+    "Save what `make` returns for a loop; a file that another run or process made is kept."
+    writable_folder(path.parent)
+    with file_lock(path, wait=3600.):
+        if not path.exists():
+            checkpoint = f"{path}.checkpoint"
+            make(LongRun(checkpoint)).save(path)
+            Checkpoint(checkpoint).remove()
+
 def _shared_plan(experiment, model, data, folder, progress):
     "The plan to all training images that the runs in a folder share."
     e = experiment
     path = folder/f"{e.data}-{len(data)}-rank{e.plan_rank}-blur{e.plan_blur:g}.safetensors"
-    with file_lock(writable_folder(folder)/path.name, wait=3600.):
-        if not path.exists():
-            plan = model.fit_plan(data, progress=progress, loop=LongRun(f"{path}.checkpoint"))
-            plan.save(path)
-            Checkpoint(f"{path}.checkpoint").remove()
-        return SemidiscretePlan.load(path, device=model.device)
+    _make_once(path, lambda loop: model.fit_plan(data, progress=progress, loop=loop))
+    return SemidiscretePlan.load(path, device=model.device)
 
 _CLASSIFIER_SEED = 1000  # plus the run's; the classifier that measures has seed 0
 
 def _feature_classifier(experiment, seed, data, labels, folder, progress):
     "A classifier for a generator's features, kept in the run's folder."
-    path = folder/"features.safetensors"
-    with file_lock(path, wait=3600.):
-        if not path.exists():
-            start = time.perf_counter()
-            settings = dict(CLASSIFIERS[experiment.data], width=experiment.feature_width)
-            loop = LongRun(folder/"features.checkpoint")
-            classifier = train_classifier(data, labels, **settings, seed=_CLASSIFIER_SEED + seed,
-                                          progress=progress, loop=loop)
-            classifier.about = dict(seconds=time.perf_counter() - start)
-            classifier.save(path)
-            Checkpoint(folder/"features.checkpoint").remove()
+    width = experiment.feature_width
+    path = folder/f"features-width{width}.safetensors"
+
+    def train(loop):
+        start = time.perf_counter()
+        settings = dict(CLASSIFIERS[experiment.data], width=width, seed=_CLASSIFIER_SEED + seed)
+        classifier = train_classifier(data, labels, **settings, progress=progress, loop=loop)
+        classifier.about = dict(seconds=time.perf_counter() - start)
+        return classifier
+    _make_once(path, train)
     return Classifier.load(path, data.device)
 
 def _train(experiment, seed, device, data, labels, parts, folder, pool, progress):
@@ -258,12 +262,14 @@ def _train(experiment, seed, device, data, labels, parts, folder, pool, progress
     loops = _loops(model, folder)
     first = model.sinkhorn if isinstance(model, NSGFPlusPlus) else model
     options = {}
+    seconds = {}  # of what is made before the networks are trained
     if labels is None and (experiment.classes or experiment.feature_width):
         raise ValueError("labels must be given with the data of an experiment that uses them")
     if experiment.feature_width:
         classifier = _feature_classifier(experiment, seed, data.to(model.device), labels, folder,
                                          progress)
         options["features"] = [torch.nn.Flatten(), classifier.body]
+        seconds["features"] = classifier.about["seconds"]
     coupling = getattr(first.config, "coupling", None)  # a generator has none
     if experiment.classes:  # each has a pool and a plan of its own
         options["condition"] = labels
@@ -272,11 +278,11 @@ def _train(experiment, seed, device, data, labels, parts, folder, pool, progress
     elif coupling == "population":
         plans = folder.parent.parent/"plans"
         options["plan"] = _shared_plan(experiment, first, data, plans, progress)
+        seconds["couplings"] = sum(options["plan"].seconds.values())
     if not isinstance(model, NSGFPlusPlus):
         model.fit(data, progress=progress, loop=loops["straight"], **options)
-        if experiment.feature_width:
-            model.seconds["features"] = classifier.about["seconds"]
-        return _with_plan_seconds(model, first, options.get("plan"))
+        first.seconds.update(seconds)
+        return model
     parts = [name for name in parts if name in model.parts]
     model.fit(data, parts, progress, loops, **options)
     missing = _missing(model, folder)
@@ -286,12 +292,7 @@ def _train(experiment, seed, device, data, labels, parts, folder, pool, progress
         return None
     others = [name for name in model.parts if name not in parts]  # trained by other processes
     model.fit(data, others, False, _loops(model, folder), **options)
-    return _with_plan_seconds(model, first, options.get("plan"))
-
-def _with_plan_seconds(model, part, plan):
-    "The model; the part that used the plan also counts its seconds."
-    if plan is not None:
-        part.seconds["couplings"] = sum(plan.seconds.values())
+    first.seconds.update(seconds)
     return model
 
 def _measure(experiment, model, data, seed, test):
