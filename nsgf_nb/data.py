@@ -268,7 +268,7 @@ def _checked_function(function, name):
         draw.set_state = function.set_state
     return draw
 
-# %% ../nbs/15_data.ipynb #f123b486
+# %% ../nbs/15_data.ipynb #a52bff95
 class PairSampler:
     "Draws of source and target in the model's unit, and the random streams behind them."
     still = 0  # last coordinates that do not move, such as a condition's
@@ -344,6 +344,17 @@ class PairSampler:
             x = torch.cat([x, x.flip(-1)])
         x, counts = x.unique(dim=0, return_counts=True)
         return self.standardizer.to_model(x), counts/counts.sum()
+
+    def bounds(self) -> tuple:  # two tensors (*shape)
+        "Least and greatest value of each number of a sample, in the model's unit."
+        x = self._rows(2**14) if self.array is None else self.array
+        parts = list(x.split(2**12))
+        if self.flip:
+            parts += [part.flip(-1) for part in parts]
+        parts = [self.standardizer.to_model(part) for part in parts]
+        low = torch.stack([part.amin(0) for part in parts]).amin(0)
+        high = torch.stack([part.amax(0) for part in parts]).amax(0)
+        return low, high
 
     def restart(self, *key):
         "Set all streams, and torch's global generator, to a place that depends on `key` alone."

@@ -128,7 +128,7 @@ def _effective_dimension(x):
     covariance = centred.T @ centred
     return covariance.trace()**2/covariance.square().sum().clamp(min=1e-300)  # 0 for a point
 
-# %% ../nbs/13b_one_step.ipynb #4cdf5b51
+# %% ../nbs/13b_one_step.ipynb #5169d067
 @dataclass(frozen=True)
 class GeneratorConfig(FieldConfig):
     "Settings of a `SinkhornGenerator`."
@@ -145,6 +145,7 @@ class GeneratorConfig(FieldConfig):
     step: float = setting(1., above=0)  # η: how far along V the samples shall move
     normalise: bool = False  # divide V by its root mean square?
     residual_blocks: bool = False  # `ResidualMLP` of width and depth in place of the MLP?
+    within_data: bool = False  # clip each number of a sample to its range in the data?
     tol: float = setting(.1, above=0)  # L1 marginal error of the Sinkhorn solves
 
     def __post_init__(self):
@@ -153,10 +154,10 @@ class GeneratorConfig(FieldConfig):
             raise ValueError(f"residual_blocks is for a perceptron: channels must be 0, got "
                              f"{self.channels}")
 
-# %% ../nbs/13b_one_step.ipynb #0c2114c1
+# %% ../nbs/13b_one_step.ipynb #35e5e81c
 _FIELDS = {"sinkhorn": velocity, "kernel": kernel_velocity}
 _LOOKS = 50  # at the diversity, in a training
-_NO_BOUND = 3e4  # radius that no draw reaches; finite in half precision
+_NO_RADIUS = 3e4  # that no draw reaches; finite in half precision
 _WATCHED = 512  # rows of the data that it is compared with
 
 class GeneratorTrainer(Trainer):
@@ -246,7 +247,7 @@ class GeneratorTrainer(Trainer):
         super().load_state_dict(state)
         self.looks[:] = [tuple(look) for look in state["looks"].tolist()]  # the model's, too
 
-# %% ../nbs/13b_one_step.ipynb #5d2e10b3
+# %% ../nbs/13b_one_step.ipynb #09e6c0a0
 class GeneratorNet(nn.Module):
     "The field v(z) = G(z) − z of a generator, whose noise is drawn back to a sphere."
 
@@ -255,6 +256,7 @@ class GeneratorNet(nn.Module):
         net: nn.Module,  # called as net(z, t, …)
         D: int,  # numbers in a sample
         residual: bool = True,  # is G(z) = z + net(z)? otherwise net(z)
+        clipped: tuple = None,  # shape of a sample, to clip each number; `low` and `high` say where
         normal_quantile: float = 2.88,  # of N(0, 1), for the share inside: .998
     ):
         super().__init__()
@@ -263,14 +265,22 @@ class GeneratorNet(nn.Module):
         spread = 2/(9*D)  # Wilson and Hilferty: the cube root of χ²/D is nearly normal
         cube_root = 1 - spread + normal_quantile*math.sqrt(spread)
         self.register_buffer("radius", torch.tensor(math.sqrt(D*cube_root**3)))
+        self.clipped = clipped is not None
+        if self.clipped:
+            self.register_buffer("low", torch.full(clipped, -math.inf))
+            self.register_buffer("high", torch.full(clipped, math.inf))
 
     def forward(self, z, t, *given):
         norm = z.flatten(1).norm(dim=1)
         near = z*beside((self.radius/norm).clamp(max=1), z)
-        image = self.net(near, t, *given)
-        return image + near - z if self.residual else image - z
+        x = self.net(near, t, *given)
+        if self.residual:
+            x = x + near
+        if self.clipped:
+            x = x.clamp(self.low, self.high)
+        return x - z
 
-# %% ../nbs/13b_one_step.ipynb #6ce19907
+# %% ../nbs/13b_one_step.ipynb #4583f24b
 class SinkhornGenerator(VelocityModel):
     "One network call a sample: `SinkhornGenerator().fit(data).sample(n)`."
     Config = GeneratorConfig
@@ -296,7 +306,7 @@ class SinkhornGenerator(VelocityModel):
         else:
             net = super().make_network(shape, **inputs)
         residual = not c.channels and not c.residual_blocks
-        return GeneratorNet(net, math.prod(shape), residual)
+        return GeneratorNet(net, math.prod(shape), residual, shape if c.within_data else None)
 
     def make_batches(self, sampler, progress):
         "(z, 0, y): source, the network's time, data."
@@ -318,7 +328,9 @@ class SinkhornGenerator(VelocityModel):
         c = self.config
         net = self.network_for(sampler, condition)
         if not sampler.normal:
-            net.radius.fill_(_NO_BOUND)
+            net.radius.fill_(_NO_RADIUS)
+        if c.within_data:
+            net.low, net.high = sampler.bounds()
         if condition is not None:
             _check_class_sizes(condition, c.batch_size)
         y = sampler.target(_WATCHED if sampler.rows is None else min(_WATCHED, sampler.rows))

@@ -261,3 +261,22 @@ def test_a_class_needs_rows_for_two_halves():
     with pytest.raises(ValueError, match="batch_size must be at least"):
         SinkhornGenerator(**TINY | dict(batch_size=20)).fit(x, condition=list(range(10))*10,
                                                             progress=False)
+
+
+@quiet
+@pytest.mark.parametrize("settings", (
+    {}, dict(residual_blocks=True), dict(channels=4, mult=(1,)),
+    dict(flip=True, channels=4, mult=(1,))))
+def test_samples_stay_within_the_data(settings, tmp_path):
+    data = normal(100, 1, 4, 4).clamp(-.5, 1.5)
+    data[:, 0, 0, :2] = .25  # constant
+    model = SinkhornGenerator(**TINY, **settings, within_data=True).fit(data, progress=False)
+    if settings.get("flip"):
+        data = torch.cat([data, data.flip(-1)])
+    for w in model.net.net.parameters():
+        w.mul_(3)  # what it has learned lies far outside, now
+    model.save(tmp_path/"model.safetensors", half=True)
+    for m in (model, SinkhornGenerator.load(tmp_path/"model.safetensors", "cpu")):
+        x = m.sample(500)
+        assert (x >= data.amin(0) - 2e-3).all() and (x <= data.amax(0) + 2e-3).all()
+        assert ((x - data.amax(0)).abs() < 2e-3).any()
