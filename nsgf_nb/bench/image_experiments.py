@@ -114,7 +114,7 @@ METHODS = {
     "fm-population": "FM, population",
 }
 
-# %% ../../nbs/42_image_experiments.ipynb #d792a73d
+# %% ../../nbs/42_image_experiments.ipynb #4272d0a1
 _SMALL = dict(channels=32, mult=(1, 2), batch_size=64, lr=1e-3, clip=1.)
 _MNIST = dict(_SMALL, patch=2, batch_size=256, lr=2e-3)
 _ON_GPU = dict(lr=2e-4, ema=.9999, clip=1., bf16=True, compile=True)
@@ -142,7 +142,7 @@ for _base, _experiment in _EXPERIMENTS.items():
 _ONE_CALL = dict(residual_blocks=True, width=256, batch_size=512, lr=2e-3, ema=.99, clip=1.,
                  first_blur=.75, blur=.75, tol=.05, within_data=True)
 _ONCE = dict(method="one-call", nfe=(1,), nfe_euler=())
-_DIGITS_ONCE = ImageExperiment("digits", _ONE_CALL, 5000, feature_width=24, samples=749, draws=5,
+_DIGITS_ONCE = ImageExperiment("digits", _ONE_CALL, 3800, feature_width=24, samples=749, draws=5,
                                **_ONCE)
 IMAGE_EXPERIMENTS |= {  # "pixels": V sees these alone, for as many seconds
     "digits-one-call": _DIGITS_ONCE,
