@@ -114,7 +114,7 @@ METHODS = {
     "fm-population": "FM, population",
 }
 
-# %% ../../nbs/42_image_experiments.ipynb #4272d0a1
+# %% ../../nbs/42_image_experiments.ipynb #54719441
 _SMALL = dict(channels=32, mult=(1, 2), batch_size=64, lr=1e-3, clip=1.)
 _MNIST = dict(_SMALL, patch=2, batch_size=256, lr=2e-3)
 _ON_GPU = dict(lr=2e-4, ema=.9999, clip=1., bf16=True, compile=True)
@@ -147,8 +147,8 @@ _DIGITS_ONCE = ImageExperiment("digits", _ONE_CALL, 3800, feature_width=24, samp
 IMAGE_EXPERIMENTS |= {  # "pixels": V sees these alone, for as many seconds
     "digits-one-call": _DIGITS_ONCE,
     "digits-one-call-pixels": replace(_DIGITS_ONCE, train_steps=13_000, feature_width=0),
-    "mnist-one-call": ImageExperiment("mnist", dict(_ONE_CALL, width=512, first_blur=1.5, blur=1.5),
-                                      4000, feature_width=16, **_ONCE),
+    "mnist-one-call": ImageExperiment("mnist", dict(_ONE_CALL, first_blur=1., blur=1.), 6500,
+                                      feature_width=8, **_ONCE),
 }
 
 # %% ../../nbs/42_image_experiments.ipynb #cb9d7d31
@@ -202,7 +202,7 @@ def load_model(
         raise ValueError(f"{path} holds a model of type {name!r}, not one of {', '.join(kinds)}")
     return kinds[name].load(path, device)
 
-# %% ../../nbs/42_image_experiments.ipynb #708563b1
+# %% ../../nbs/42_image_experiments.ipynb #07050225
 def _quick(experiment):
     "The same experiment, small enough to see within seconds that everything works."
     net = dict(experiment.net, batch_size=8, bf16=False, compile=False)
@@ -265,7 +265,7 @@ def _fused(layers):
             fused[-1] = fuse_conv_bn_eval(fused[-1], layer)
         else:
             fused.append(layer)
-    return torch.nn.Sequential(*fused)
+    return torch.nn.Sequential(*fused).to(memory_format=torch.channels_last)
 
 def _train(experiment, seed, device, data, labels, parts, folder, pool, progress):
     "The trained model; None if other processes still have to train some of its parts."
