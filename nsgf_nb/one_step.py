@@ -154,7 +154,7 @@ class GeneratorConfig(FieldConfig):
             raise ValueError(f"residual_blocks is for a perceptron: channels must be 0, got "
                              f"{self.channels}")
 
-# %% ../nbs/13b_one_step.ipynb #35e5e81c
+# %% ../nbs/13b_one_step.ipynb #17cd1759
 _FIELDS = {"sinkhorn": velocity, "kernel": kernel_velocity}
 _LOOKS = 50  # at the diversity, in a training
 _NO_RADIUS = 3e4  # that no draw reaches; finite in half precision
@@ -195,9 +195,11 @@ class GeneratorTrainer(Trainer):
         self.samples = x.detach()
         loss = 0.
         for phi, deviation in self.features:
-            u = phi(x).flatten(1)/deviation
+            u = phi(x).flatten(1).float()/deviation
             with torch.no_grad():
-                v = self.velocities(u, phi(y).flatten(1)/deviation, given)
+                goal = phi(y).flatten(1).float()/deviation
+                with torch.autocast(u.device.type, enabled=False):  # V needs all digits
+                    v = self.velocities(u, goal, given)
             loss = loss + (u - (u.detach() + v)).square().mean()
         return loss
 

@@ -408,6 +408,25 @@ def test_cifar10_at_smoke_size(tmp_path, monkeypatch):
     assert model.sinkhorn.config.pool_size <= 2**12
 
 
+@few_points
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the samples are less diverse", "ignore:.*Inception weights")
+def test_one_call_on_cifar10_at_smoke_size(tmp_path, monkeypatch):
+    def no_weights(*arguments, **options):
+        raise RuntimeError("the Inception weights could not be fetched")
+    monkeypatch.setattr(image_experiments, "inception_scores", no_weights)
+    e = IMAGE_EXPERIMENTS["cifar10-one-call"]
+    data = images(70, (3, 32, 32))
+    result = run_images("cifar10-one-call", e, data=data, labels=torch.arange(70) % 10,
+                        out=tmp_path, device="cpu", quick=True, progress=False)
+    assert "Inception weights" in result["measured"]["not_measured"]
+    assert result["phases"]["straight"]["features"] > 0
+    model = load_model(tmp_path/"cifar10-one-call/seed0/model.safetensors", "cpu")
+    x = model.sample(2)
+    assert x.shape == (2, 3, 32, 32) and x.abs().max() <= 1.01
+    assert model.config.within_data and model.config.channels == 8
+
+
 # ---- commands
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from nsgf_nb import one_step
 from nsgf_nb.image_metrics import Classifier
 from nsgf_nb.metrics import w2
 from nsgf_nb.mlp import MLP
@@ -280,3 +281,17 @@ def test_samples_stay_within_the_data(settings, tmp_path):
         x = m.sample(500)
         assert (x >= data.amin(0) - 2e-3).all() and (x <= data.amax(0) + 2e-3).all()
         assert ((x - data.amax(0)).abs() < 2e-3).any()
+
+
+@quiet
+def test_the_velocity_is_solved_in_full_precision(monkeypatch):
+    "Also where the network runs under autocast: the solver's products need all digits."
+    seen = []
+
+    def field(x, y, *options, **more):
+        seen.append((x.dtype, y.dtype, (x @ y.mT).dtype))
+        return velocity(x, y, *options, **more)
+    monkeypatch.setitem(one_step._FIELDS, "sinkhorn", field)
+    model = SinkhornGenerator(**TINY | dict(train_steps=2), bf16=True)
+    model.fit(normal(100, 3), features=nn.Linear(3, 5).requires_grad_(False), progress=False)
+    assert set(seen) == {(torch.float32,)*3}

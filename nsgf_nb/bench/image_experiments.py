@@ -114,7 +114,7 @@ METHODS = {
     "fm-population": "FM, population",
 }
 
-# %% ../../nbs/42_image_experiments.ipynb #54719441
+# %% ../../nbs/42_image_experiments.ipynb #d1c2caea
 _SMALL = dict(channels=32, mult=(1, 2), batch_size=64, lr=1e-3, clip=1.)
 _MNIST = dict(_SMALL, patch=2, batch_size=256, lr=2e-3)
 _ON_GPU = dict(lr=2e-4, ema=.9999, clip=1., bf16=True, compile=True)
@@ -141,12 +141,16 @@ for _base, _experiment in _EXPERIMENTS.items():
 
 _ONE_CALL = dict(residual_blocks=True, width=256, batch_size=512, lr=2e-3, ema=.99, clip=1.,
                  first_blur=.75, blur=.75, tol=.05, within_data=True)
+_CIFAR10_ONE_CALL = dict(_CIFAR10_MINUTES, batch_size=1024, ema=.99, first_blur=1., blur=1.,
+                         tol=.05, within_data=True)
 _ONCE = dict(method="one-call", nfe=(1,), nfe_euler=())
 _DIGITS_ONCE = ImageExperiment("digits", _ONE_CALL, 3800, feature_width=24, samples=749, draws=5,
                                **_ONCE)
 IMAGE_EXPERIMENTS |= {  # "pixels": V sees these alone, for as many seconds
     "digits-one-call": _DIGITS_ONCE,
     "digits-one-call-pixels": replace(_DIGITS_ONCE, train_steps=13_000, feature_width=0),
+    "cifar10-one-call": ImageExperiment("cifar10", _CIFAR10_ONE_CALL, 8000, feature_width=24,
+                                        samples=10_000, **_ONCE),
     "mnist-one-call": ImageExperiment("mnist", dict(_ONE_CALL, first_blur=1., blur=1.), 6500,
                                       feature_width=8, **_ONCE),
 }
@@ -202,11 +206,11 @@ def load_model(
         raise ValueError(f"{path} holds a model of type {name!r}, not one of {', '.join(kinds)}")
     return kinds[name].load(path, device)
 
-# %% ../../nbs/42_image_experiments.ipynb #07050225
+# %% ../../nbs/42_image_experiments.ipynb #4f73d576
 def _quick(experiment):
     "The same experiment, small enough to see within seconds that everything works."
     net = dict(experiment.net, batch_size=8, bf16=False, compile=False)
-    net["width" if experiment.method == "one-call" else "channels"] = 8
+    net["width" if net.get("residual_blocks") else "channels"] = 8
     nfe = (1,) if experiment.method == "one-call" else (5,)
     return replace(experiment, net=net, train_steps=10, samples=64, nfe=nfe, nfe_euler=(),
                    draws=1, feature_width=min(4, experiment.feature_width))
