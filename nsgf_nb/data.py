@@ -268,7 +268,7 @@ def _checked_function(function, name):
         draw.set_state = function.set_state
     return draw
 
-# %% ../nbs/15_data.ipynb #a52bff95
+# %% ../nbs/15_data.ipynb #d3c05b1f
 class PairSampler:
     "Draws of source and target in the model's unit, and the random streams behind them."
     still = 0  # last coordinates that do not move, such as a condition's
@@ -346,15 +346,15 @@ class PairSampler:
         return self.standardizer.to_model(x), counts/counts.sum()
 
     def bounds(self) -> tuple:  # two tensors (*shape)
-        "Least and greatest value of each number of a sample, in the model's unit."
+        "Least and greatest value of each number, in all data that are in memory or 2^14 draws."
         x = self._rows(2**14) if self.array is None else self.array
-        parts = list(x.split(2**12))
-        if self.flip:
-            parts += [part.flip(-1) for part in parts]
-        parts = [self.standardizer.to_model(part) for part in parts]
-        low = torch.stack([part.amin(0) for part in parts]).amin(0)
-        high = torch.stack([part.amax(0) for part in parts]).amax(0)
-        return low, high
+        lows, highs = [], []
+        for part in x.split(2**12):
+            for y in (part, part.flip(-1)) if self.flip else (part,):
+                z = self.standardizer.to_model(y)
+                lows.append(z.amin(0))
+                highs.append(z.amax(0))
+        return torch.stack(lows).amin(0), torch.stack(highs).amax(0)
 
     def restart(self, *key):
         "Set all streams, and torch's global generator, to a place that depends on `key` alone."

@@ -288,10 +288,10 @@ def test_the_velocity_is_solved_in_full_precision(monkeypatch):
     "Also where the network runs under autocast: the solver's products need all digits."
     seen = []
 
-    def field(x, y, *options, **more):
+    def batch(x, y, *options):
         seen.append((x.dtype, y.dtype, (x @ y.mT).dtype))
-        return velocity(x, y, *options, **more)
-    monkeypatch.setitem(one_step._FIELDS, "sinkhorn", field)
+        return batch_velocity(x, y, *options)
+    monkeypatch.setattr(one_step, "batch_velocity", batch)
     model = SinkhornGenerator(**TINY | dict(train_steps=2), bf16=True)
     model.fit(normal(100, 3), features=nn.Linear(3, 5).requires_grad_(False), progress=False)
     assert set(seen) == {(torch.float32,)*3}

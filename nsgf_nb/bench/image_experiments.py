@@ -114,7 +114,7 @@ METHODS = {
     "fm-population": "FM, population",
 }
 
-# %% ../../nbs/42_image_experiments.ipynb #d1c2caea
+# %% ../../nbs/42_image_experiments.ipynb #8c632e8c
 _SMALL = dict(channels=32, mult=(1, 2), batch_size=64, lr=1e-3, clip=1.)
 _MNIST = dict(_SMALL, patch=2, batch_size=256, lr=2e-3)
 _ON_GPU = dict(lr=2e-4, ema=.9999, clip=1., bf16=True, compile=True)
@@ -151,7 +151,7 @@ IMAGE_EXPERIMENTS |= {  # "pixels": V sees these alone, for as many seconds
     "digits-one-call-pixels": replace(_DIGITS_ONCE, train_steps=13_000, feature_width=0),
     "cifar10-one-call": ImageExperiment("cifar10", _CIFAR10_ONE_CALL, 8000, feature_width=24,
                                         samples=10_000, **_ONCE),
-    "mnist-one-call": ImageExperiment("mnist", dict(_ONE_CALL, first_blur=1., blur=1.), 6500,
+    "mnist-one-call": ImageExperiment("mnist", dict(_ONE_CALL, first_blur=1., blur=1.), 12_000,
                                       feature_width=8, **_ONCE),
 }
 
