@@ -166,7 +166,7 @@ def _evaluate_images(args, model):
     test = load_images(experiment.data, "test")
     print(report_images(dict(measured=measure_images(experiment, model, data, args.seed, test))))
 
-# %% ../nbs/50_cli.ipynb #09e89c57
+# %% ../nbs/50_cli.ipynb #2f4f8b76
 def _register_sample(commands):
     words = "draw from a trained model into a .npy file, or images onto a sheet"
     parser = commands.add_parser("sample", help=words, description=words)
@@ -198,7 +198,7 @@ def _register_evaluate(commands):
 def _add_model(parser):
     parser.add_argument("path", metavar="PATH",
                         help="a model.safetensors, or the name of weights that come with the "
-                             "package: digits, mnist, digits-classes, mnist-classes")
+                             "package: digits, mnist, mnist-classes, digits-one-call, …")
     parser.add_argument("--target", choices=TARGETS, metavar="TARGET",
                         help="what it was trained on, if no result.json says so: "
                              + ", ".join(TARGETS))

@@ -344,13 +344,12 @@ def test_a_run_with_classes(tmp_path, digits, capsys, method):
 
 
 def test_shipped_weights_draw_the_class_that_is_asked_for():
-    model = load_model("digits-classes", "cpu")
-    asked = torch.arange(10).repeat_interleave(40)
-    x = sample_images(model, 400, 3, seed=1, condition=asked)
-    classified = Classifier.from_pretrained("digits")(x).argmax(1)
-    assert (classified == asked).double().mean() > .97
-    assert sample_images(load_model("mnist-classes", "cpu"), 2, 2, condition=[7, 0]).shape == \
-        (2, 1, 28, 28)
+    model = load_model("mnist-classes", "cpu")
+    asked = torch.arange(10).repeat_interleave(20)
+    x = sample_images(model, 200, 5, seed=1, condition=asked)
+    assert x.shape == (200, 1, 28, 28)
+    classified = Classifier.from_pretrained("mnist")(x).argmax(1)
+    assert (classified == asked).double().mean() > .94
 
 
 @few_points
