@@ -246,6 +246,15 @@ def test_shipped_weights_make_digits_in_one_call():
     assert distance < 1.5  # one that was clipped only afterwards had 2.5
 
 
+def test_shipped_weights_make_mnist_in_one_call():
+    model = SinkhornGenerator.from_pretrained("mnist-one-call", device="cpu")
+    x = model.sample(500)
+    assert x.shape == (500, 1, 28, 28) and x.abs().max() < 1.001
+    logits = Classifier.from_pretrained("mnist")(x.clamp(-1, 1))
+    assert (logits.softmax(1).amax(1) > .9).double().mean() > .85  # of real ones .986
+    assert logits.argmax(1).bincount(minlength=10).min() > 25
+
+
 def test_what_a_map_cannot_do_is_refused():
     model = SinkhornGenerator(**TINY)
     with pytest.raises(ValueError, match="sample_steps"):
