@@ -249,7 +249,7 @@ class GeneratorTrainer(Trainer):
         super().load_state_dict(state)
         self.looks[:] = [tuple(look) for look in state["looks"].tolist()]  # the model's, too
 
-# %% ../nbs/13b_one_step.ipynb #09e6c0a0
+# %% ../nbs/13b_one_step.ipynb #1c2d8228
 class GeneratorNet(nn.Module):
     "The field v(z) = G(z) − z of a generator, whose noise is drawn back to a sphere."
 
@@ -267,10 +267,8 @@ class GeneratorNet(nn.Module):
         spread = 2/(9*D)  # Wilson and Hilferty: the cube root of χ²/D is nearly normal
         cube_root = 1 - spread + normal_quantile*math.sqrt(spread)
         self.register_buffer("radius", torch.tensor(math.sqrt(D*cube_root**3)))
-        self.clipped = clipped is not None
-        if self.clipped:
-            self.register_buffer("low", torch.full(clipped, -math.inf))
-            self.register_buffer("high", torch.full(clipped, math.inf))
+        self.register_buffer("low", None if clipped is None else torch.full(clipped, -math.inf))
+        self.register_buffer("high", None if clipped is None else torch.full(clipped, math.inf))
 
     def forward(self, z, t, *given):
         norm = z.flatten(1).norm(dim=1)
@@ -278,7 +276,7 @@ class GeneratorNet(nn.Module):
         x = self.net(near, t, *given)
         if self.residual:
             x = x + near
-        if self.clipped:
+        if self.low is not None:
             x = x.clamp(self.low, self.high)
         return x - z
 

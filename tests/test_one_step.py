@@ -308,3 +308,18 @@ def test_the_velocity_is_solved_in_full_precision(monkeypatch):
     model = SinkhornGenerator(**TINY | dict(train_steps=2), bf16=True)
     model.fit(normal(100, 3), features=nn.Linear(3, 5).requires_grad_(False), progress=False)
     assert set(seen) == {(torch.float32,)*3}
+
+
+@quiet
+@pytest.mark.parametrize("data, condition, asked", (
+    (lambda n: torch.rand(n, 3), None, None),
+    (torch.rand(200, 3), [0, 1]*100, 0),
+    (torch.rand(200, 3), torch.rand(200, 1), .5),
+))
+def test_any_data_can_bound_the_samples(data, condition, asked):
+    model = SinkhornGenerator(**TINY, within_data=True)
+    model.fit(data, progress=False, condition=condition)
+    for w in model.net.net.parameters():
+        w.mul_(3)
+    x = model.sample(300, condition=asked)
+    assert x.min() >= -1e-4 and x.max() <= 1 + 1e-4
