@@ -76,7 +76,7 @@ class Classes:
         shown = ", ".join(map(repr, self.values[:10]))
         return shown if len(self) <= 10 else f"{shown}, … ({len(self)} in all)"
 
-# %% ../nbs/15b_conditions.ipynb #ab3b6378
+# %% ../nbs/15b_conditions.ipynb #450865ab
 def _as_array(value, name):
     "A NumPy array of integers, truth values, words or finite floats."
     array = value.cpu().numpy() if isinstance(value, Tensor) else numpy.asarray(value)
@@ -102,7 +102,7 @@ def _as_numbers(value, n, k, name):
     array = _as_array(value, name)
     if array.dtype.kind == "U":
         raise TypeError(f"{name} must hold numbers, got words")
-    if array.shape == () and k == 1 or array.shape == (k,) and k > 1:
+    if array.shape == (k,) or array.shape == () and k == 1:
         array = numpy.broadcast_to(array, (n, k))
     if array.shape != (n, k) and (k > 1 or array.shape != (n,)):
         raise ValueError(f"{name} must be of shape {(n, k)}, or {(k,)} for all rows, got "

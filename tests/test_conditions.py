@@ -59,9 +59,9 @@ def test_floats_are_numbers(condition, k):
     assert kinds.inputs == dict(classes=0, numbers=k) and indices is None
     assert numbers.shape == (4, k) and numbers.mean(0).abs().max() < 1e-6
     assert_close(kinds.read(condition, 4)[1], numbers)
-    one = [1.5]*k if k > 1 else 1.5
-    same = kinds.read(one, 4)[1]
-    assert same.shape == (4, k) and (same == same[0]).all()
+    for one in [[1.5], 1.5] if k == 1 else [[1.5]*k]:
+        same = kinds.read(one, 4)[1]
+        assert same.shape == (4, k) and (same == same[0]).all()
 
 
 def test_several_columns_have_names():
