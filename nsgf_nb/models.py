@@ -35,7 +35,7 @@ from nsgf_nb.training import (
 )
 from .units import standardizer_from
 
-# %% ../nbs/06e_models.ipynb #95c2c6fc
+# %% ../nbs/06e_models.ipynb #608925f0
 _HELD_OUT_BATCHES = 16
 _LEAST_HELD_OUT = 100  # rows; fewer say too little, and could not be spared
 _MOST_HELD_OUT = 500
@@ -280,9 +280,10 @@ class Model(Configurable, Pretrained):
 
     def to_tensors(self, half: bool = False) -> tuple:  # tensors by name, and a description
         "What a file needs to hold; with `half`, the network's weights in half precision."
-        weights = self.require_net().state_dict()
-        if half:
-            weights = {name: w.half() for name, w in weights.items()}
+        net = self.require_net()
+        weights = net.state_dict()
+        if half:  # but for what is not learned, such as bounds of the samples
+            weights |= {name: w.detach().half() for name, w in net.named_parameters()}
         tensors = with_prefix("net", weights)
         tensors |= self.standardizer.tensors()
         about = dict(model=type(self).__name__, config=asdict(self.config),
