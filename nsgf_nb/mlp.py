@@ -118,7 +118,7 @@ class MLP(ConditionalNet):
             h = h + self.gain(times)*x.flatten(1)
         return h.view_as(x)
 
-# %% ../nbs/05b_mlp.ipynb #34df97b9
+# %% ../nbs/05b_mlp.ipynb #af9035ce
 class ResidualBlock(nn.Module):
     "h + a small perceptron of the normalised h; at first h itself."
 
@@ -143,25 +143,26 @@ class ResidualMLP(ConditionalNet):
         shape: tuple,  # shape of one sample
         width: int = 512,  # of all layers
         depth: int = 4,  # residual blocks, of two layers each
+        out: tuple = None,  # shape of what it makes of a sample; None: that of a sample
         classes: int = 0,  # number of classes of an optional label
         numbers: int = 0,  # numbers of an optional condition
     ):
         super().__init__(width, classes, numbers)
         self.shape = tuple(shape)
-        D = math.prod(shape)
-        self.first = nn.Linear(D, width)
+        self.out = tuple(out or shape)
+        self.first = nn.Linear(math.prod(self.shape), width)
         self.embed_t = nn.Sequential(FourierFeatures(math.pi*torch.arange(1., 9.)[None]),
                                      nn.Linear(17, width))
         self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(depth)))
-        self.last = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, D))
+        self.last = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, math.prod(self.out)))
 
     def forward(
         self,
         x: Tensor,  # samples (B, *shape)
         t: Tensor,  # times in [0, 1], (B,) or a number
         *given: Tensor,  # as for `embed_given`, if the network has a condition
-    ) -> Tensor:  # like x
+    ) -> Tensor:  # (B, *out)
         check_batch_shape(x, self.shape)
         t = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x))
         h = self.first(x.flatten(1)) + self.embed_t(t[:, None]) + self.embed_given(given)
-        return self.last(self.blocks(h)).view_as(x)
+        return self.last(self.blocks(h)).unflatten(1, self.out)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SELF_TERMS', 'COLLAPSED', 'batch_velocity', 'kernel_velocity', 'Diversity', 'DiversityWatch', 'GeneratorConfig',
-           'GeneratorTrainer', 'GeneratorNet', 'SinkhornGenerator']
+           'GeneratorTrainer', 'ImageDecoder', 'GeneratorNet', 'SinkhornGenerator']
 
 # %% ../nbs/13b_one_step.ipynb #6baf259e
 import math
@@ -128,7 +128,7 @@ def _effective_dimension(x):
     covariance = centred.T @ centred
     return covariance.trace()**2/covariance.square().sum().clamp(min=1e-300)  # 0 for a point
 
-# %% ../nbs/13b_one_step.ipynb #5169d067
+# %% ../nbs/13b_one_step.ipynb #4839e24d
 @dataclass(frozen=True)
 class GeneratorConfig(FieldConfig):
     "Settings of a `SinkhornGenerator`."
@@ -145,6 +145,7 @@ class GeneratorConfig(FieldConfig):
     step: float = setting(1., above=0)  # η: how far along V the samples shall move
     normalise: bool = False  # divide V by its root mean square?
     residual_blocks: bool = False  # `ResidualMLP` of width and depth in place of the MLP?
+    maps: int = setting(0, at_least=0)  # of images, which `ImageDecoder` makes of them; 0: none
     within_data: bool = False  # clip each number of a sample to its range in the data?
     tol: float = setting(.1, above=0)  # L1 marginal error of the Sinkhorn solves
 
@@ -153,6 +154,9 @@ class GeneratorConfig(FieldConfig):
         if self.residual_blocks and self.channels:
             raise ValueError(f"residual_blocks is for a perceptron: channels must be 0, got "
                              f"{self.channels}")
+        if self.maps and not self.residual_blocks:
+            raise ValueError(f"maps come from residual blocks: residual_blocks must be True for "
+                             f"maps={self.maps}")
 
 # %% ../nbs/13b_one_step.ipynb #17cd1759
 _FIELDS = {"sinkhorn": velocity, "kernel": kernel_velocity}
@@ -249,6 +253,34 @@ class GeneratorTrainer(Trainer):
         super().load_state_dict(state)
         self.looks[:] = [tuple(look) for look in state["looks"].tolist()]  # the model's, too
 
+# %% ../nbs/13b_one_step.ipynb #7092de38
+class ImageDecoder(nn.Module):
+    "A perceptron makes maps of a quarter of height and width, and convolutions the image."
+
+    def __init__(
+        self,
+        shape: tuple,  # of an image (C, H, W); H and W are multiples of 4
+        width: int,  # of the perceptron, a `ResidualMLP`
+        depth: int,  # its blocks
+        maps: int,
+        **inputs: int,  # classes and numbers of a condition
+    ):
+        super().__init__()
+        if len(shape) != 3 or shape[1] % 4 or shape[2] % 4:
+            raise ValueError(f"maps are for images (C, H, W) whose height and width are multiples "
+                             f"of 4, got samples of shape {tuple(shape)}: pass maps=0")
+        C, H, W = shape
+        half = max(1, maps//2)
+        self.maps = ResidualMLP(shape, width, depth, out=(maps, H//4, W//4), **inputs)
+        self.image = nn.Sequential(
+            nn.SiLU(), nn.Conv2d(maps, 4*half, 3, padding=1), nn.PixelShuffle(2),
+            nn.SiLU(), nn.Conv2d(half, half, 3, padding=1),
+            nn.SiLU(), nn.Conv2d(half, 4*C, 3, padding=1), nn.PixelShuffle(2))
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x, t, *given):
+        return self.image(self.maps(x, t, *given))
+
 # %% ../nbs/13b_one_step.ipynb #1c2d8228
 class GeneratorNet(nn.Module):
     "The field v(z) = G(z) − z of a generator, whose noise is drawn back to a sphere."
@@ -280,7 +312,7 @@ class GeneratorNet(nn.Module):
             x = x.clamp(self.low, self.high)
         return x - z
 
-# %% ../nbs/13b_one_step.ipynb #4583f24b
+# %% ../nbs/13b_one_step.ipynb #902d3785
 class SinkhornGenerator(VelocityModel):
     "One network call a sample: `SinkhornGenerator().fit(data).sample(n)`."
     Config = GeneratorConfig
@@ -301,7 +333,9 @@ class SinkhornGenerator(VelocityModel):
     def make_network(self, shape, **inputs):
         "A fresh network for samples of this shape, and for the inputs of a condition."
         c = self.config
-        if c.residual_blocks:
+        if c.maps:
+            net = ImageDecoder(shape, c.width, c.depth, c.maps, **inputs)
+        elif c.residual_blocks:
             net = ResidualMLP(shape, c.width, c.depth, **inputs)
         else:
             net = super().make_network(shape, **inputs)

@@ -17,6 +17,7 @@ from nsgf_nb.bench.image_experiments import (
     IMAGE_EXPERIMENTS,
     METHODS,
     ImageExperiment,
+    LayerFeatures,
     load_model,
     run_images,
     save_sheet,
@@ -116,6 +117,38 @@ def test_features_of_a_classifier_of_its_own(tmp_path, monkeypatch):
     assert again == before
     with pytest.raises(ValueError, match="labels must be given"):
         run(data=x.repeat(20, 1, 1, 1))
+
+
+def test_moments_of_layers_beside_the_features():
+    classifier, x = Classifier.from_pretrained("digits"), load_images("digits")[:500]
+    plain = LayerFeatures(classifier, x)(x)
+    expected = classifier.features(x)
+    unit = expected.var(0).mean().sqrt()
+    assert torch.allclose(plain, expected/unit, atol=1e-4)
+    both = LayerFeatures(classifier, x, moment_weight=.5)(x)
+    channels = 13*classifier.config["width"]  # of its layers, 1 + 2 + 2 + 4 + 4 times the width
+    assert both.shape == (500, plain.shape[1] + 2*channels)
+    assert torch.allclose(both[:, :plain.shape[1]], plain)
+    deviations = both[:, plain.shape[1]:].std(0)
+    assert ((deviations - .5).abs() < 1e-3).sum() > .9*2*channels  # but for channels at rest
+    # the mean of the first layer's channels, by hand
+    first = classifier.body[:3](x).mean((2, 3))
+    expected = .5*first/first.std(0)
+    assert torch.allclose(both[:, plain.shape[1]:][:, :first.shape[1]], expected, rtol=.01, atol=1e-3)
+    black = torch.full_like(x[:3], -1.).requires_grad_()
+    LayerFeatures(classifier, x, moment_weight=.5)(black).sum().backward()
+    assert black.grad.isfinite().all()
+
+
+@few_points
+@pytest.mark.filterwarnings("ignore:the samples are less diverse")
+def test_maps_and_moments_of_one_call(tmp_path):
+    net = IMAGE_EXPERIMENTS["mnist-one-call"].net
+    e = dataclasses.replace(IMAGE_EXPERIMENTS["digits-one-call"], net=net, moment_weight=.7)
+    result = run_images("maps", e, 0, tmp_path, device="cpu", quick=True, progress=False)
+    assert result["protocol"]["net"]["maps"] == 4
+    model = load_model(tmp_path/"maps"/"seed0"/"model.safetensors", "cpu")
+    assert model.config.maps == 4 and model.sample(3).shape == (3, 1, 8, 8)
 
 
 @pytest.mark.parametrize("method, coupling", (

@@ -99,7 +99,7 @@ def test_samples_of_a_law_have_the_diversity_of_other_samples():
 @quiet
 @pytest.mark.parametrize("shape, settings", (
     ((3,), {}), ((2, 5), {}), ((1, 4, 4), {}), ((1, 4, 4), dict(residual_blocks=True)),
-    ((1, 4, 4), dict(channels=4, mult=(1,)))))
+    ((3, 8, 4), dict(residual_blocks=True, maps=5)), ((1, 4, 4), dict(channels=4, mult=(1,)))))
 def test_any_shape_goes_in_and_comes_out(shape, settings, tmp_path):
     model = SinkhornGenerator(**TINY, **settings).fit(normal(100, *shape), progress=False)
     x = model.sample(7, seed=3)
@@ -263,6 +263,10 @@ def test_what_a_map_cannot_do_is_refused():
         SinkhornGenerator(train_steps=0)
     with pytest.raises(ValueError, match="channels must be 0, got 8"):
         SinkhornGenerator(residual_blocks=True, channels=8)
+    with pytest.raises(ValueError, match="residual_blocks must be True for maps=8"):
+        SinkhornGenerator(maps=8)
+    with pytest.raises(ValueError, match=r"multiples of 4, got samples of shape \(1, 4, 6\)"):
+        SinkhornGenerator(**TINY, residual_blocks=True, maps=8).fit(normal(50, 1, 4, 6))
     with pytest.raises(RuntimeError, match="fit"):
         model.sample(3)
     with pytest.raises(ValueError, match="steps must be 1, got 5"):
@@ -279,8 +283,8 @@ def test_a_class_needs_rows_for_two_halves():
 
 @quiet
 @pytest.mark.parametrize("settings", (
-    {}, dict(residual_blocks=True), dict(channels=4, mult=(1,)),
-    dict(flip=True, channels=4, mult=(1,))))
+    {}, dict(residual_blocks=True), dict(residual_blocks=True, maps=4),
+    dict(channels=4, mult=(1,)), dict(flip=True, channels=4, mult=(1,))))
 def test_samples_stay_within_the_data(settings, tmp_path):
     data = normal(100, 1, 4, 4).clamp(-.5, 1.5)
     data[:, 0, 0, :2] = .25  # constant
