@@ -134,7 +134,8 @@ def test_moments_of_layers_beside_the_features():
     # the mean of the first layer's channels, by hand
     first = classifier.body[:3](x).mean((2, 3))
     expected = .5*first/first.std(0)
-    assert torch.allclose(both[:, plain.shape[1]:][:, :first.shape[1]], expected, rtol=.01, atol=1e-3)
+    found = both[:, plain.shape[1]:][:, :first.shape[1]]
+    assert torch.allclose(found, expected, rtol=.01, atol=1e-3)
     black = torch.full_like(x[:3], -1.).requires_grad_()
     LayerFeatures(classifier, x, moment_weight=.5)(black).sum().backward()
     assert black.grad.isfinite().all()
