@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SELF_TERMS', 'COLLAPSED', 'batch_velocity', 'kernel_velocity', 'Diversity', 'DiversityWatch', 'GeneratorConfig',
-           'GeneratorTrainer', 'ImageDecoder', 'GeneratorNet', 'SinkhornGenerator']
+           'GeneratorTrainer', 'image_layers', 'ImageDecoder', 'GeneratorNet', 'SinkhornGenerator']
 
 # %% ../nbs/13b_one_step.ipynb #6baf259e
 import math
@@ -128,7 +128,7 @@ def _effective_dimension(x):
     covariance = centred.T @ centred
     return covariance.trace()**2/covariance.square().sum().clamp(min=1e-300)  # 0 for a point
 
-# %% ../nbs/13b_one_step.ipynb #4839e24d
+# %% ../nbs/13b_one_step.ipynb #bca91772
 @dataclass(frozen=True)
 class GeneratorConfig(FieldConfig):
     "Settings of a `SinkhornGenerator`."
@@ -145,7 +145,7 @@ class GeneratorConfig(FieldConfig):
     step: float = setting(1., above=0)  # η: how far along V the samples shall move
     normalise: bool = False  # divide V by its root mean square?
     residual_blocks: bool = False  # `ResidualMLP` of width and depth in place of the MLP?
-    maps: int = setting(0, at_least=0)  # of images, which `ImageDecoder` makes of them; 0: none
+    maps: int = setting(0, at_least=0)  # that `ImageDecoder` turns into an image; 0: no such maps
     within_data: bool = False  # clip each number of a sample to its range in the data?
     tol: float = setting(.1, above=0)  # L1 marginal error of the Sinkhorn solves
 
@@ -253,7 +253,17 @@ class GeneratorTrainer(Trainer):
         super().load_state_dict(state)
         self.looks[:] = [tuple(look) for look in state["looks"].tolist()]  # the model's, too
 
-# %% ../nbs/13b_one_step.ipynb #7092de38
+# %% ../nbs/13b_one_step.ipynb #fa90a48a
+def image_layers(
+    maps: int,  # of a quarter of the height and width
+    channels: int,  # of the images
+) -> list:  # of layers
+    "From maps to images."
+    half = max(1, maps//2)
+    return [nn.SiLU(), nn.Conv2d(maps, 4*half, 3, padding=1), nn.PixelShuffle(2),
+            nn.SiLU(), nn.Conv2d(half, half, 3, padding=1),
+            nn.SiLU(), nn.Conv2d(half, 4*channels, 3, padding=1), nn.PixelShuffle(2)]
+
 class ImageDecoder(nn.Module):
     "A perceptron makes maps of a quarter of height and width, and convolutions the image."
 
@@ -270,12 +280,8 @@ class ImageDecoder(nn.Module):
             raise ValueError(f"maps are for images (C, H, W) whose height and width are multiples "
                              f"of 4, got samples of shape {tuple(shape)}: pass maps=0")
         C, H, W = shape
-        half = max(1, maps//2)
         self.maps = ResidualMLP(shape, width, depth, out=(maps, H//4, W//4), **inputs)
-        self.image = nn.Sequential(
-            nn.SiLU(), nn.Conv2d(maps, 4*half, 3, padding=1), nn.PixelShuffle(2),
-            nn.SiLU(), nn.Conv2d(half, half, 3, padding=1),
-            nn.SiLU(), nn.Conv2d(half, 4*C, 3, padding=1), nn.PixelShuffle(2))
+        self.image = nn.Sequential(*image_layers(maps, C))
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x, t, *given):

@@ -4,8 +4,10 @@ import torch
 
 from nsgf_nb.bench.classifiers import (
     CLASSIFIERS,
+    Autoencoder,
     make_classifier,
     shift_images,
+    train_autoencoder,
     train_classifier,
 )
 from nsgf_nb.image_metrics import Classifier
@@ -38,6 +40,22 @@ def test_it_learns_and_follows_the_seed():
     assert not net.training and not any(p.requires_grad for p in net.parameters())
     assert torch.equal(weights(net), weights(train_classifier(x, labels, **SMALL)))
     assert not torch.equal(weights(net), weights(train_classifier(x, labels, **SMALL, seed=1)))
+
+
+def test_an_autoencoder_needs_no_labels(tmp_path):
+    x, test = stripes(300)[0], stripes(200, seed=1)[0]
+    settings = dict(SMALL, epochs=20)
+    net = train_autoencoder(x, **settings)
+    assert (net(test) - test).square().mean() < .25*test.var(0).mean()
+    assert net.features(test).shape == (200, 16)
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+    assert torch.equal(weights(net), weights(train_autoencoder(x, **settings)))
+    net.save(tmp_path/"net.safetensors")
+    assert torch.equal(Autoencoder.load(tmp_path/"net.safetensors")(test), net(test))
+    with pytest.raises(ValueError, match="'Autoencoder'.*'?Classifier"):
+        Classifier.load(tmp_path/"net.safetensors")
+    with pytest.raises(ValueError, match=r"multiples of 4, got shape \(1, 8, 6\)"):
+        train_autoencoder(x[..., :6], **SMALL)
 
 
 def test_shifts_move_whole_images_by_at_most_so_much():

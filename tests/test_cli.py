@@ -195,7 +195,7 @@ def test_images_from_shipped_weights(nsgf):
     assert Path("sheet.png").read_bytes().startswith(b"\x89PNG")
     assert nsgf("sample", "digits", "-n", 4, "-o", "x.npy")[0] == 0
     assert np.load("x.npy").shape == (4, 1, 8, 8)
-    fails(nsgf("sample", "digits-nsgfpp", "--steps", 3), "--steps.*--nfe")
+    fails(nsgf("sample", "mnist", "--steps", 3), "--steps.*--nfe")
     assert nsgf("sample", "digits-one-call", "-n", 4, "-o", "one.npy")[0] == 0
     assert np.load("one.npy").shape == (4, 1, 8, 8)
     fails(nsgf("sample", "digits-one-call", "--nfe", 3), "steps must be 1")

@@ -13,11 +13,11 @@ from conftest import fails
 
 from nsgf_nb import NSGF, NSGFPlusPlus, SinkhornGenerator
 from nsgf_nb.bench import image_experiments
+from nsgf_nb.bench.classifiers import Autoencoder, LayerFeatures
 from nsgf_nb.bench.image_experiments import (
     IMAGE_EXPERIMENTS,
     METHODS,
     ImageExperiment,
-    LayerFeatures,
     load_model,
     run_images,
     save_sheet,
@@ -106,7 +106,7 @@ def test_features_of_a_classifier_of_its_own(tmp_path, monkeypatch):
                   progress=False)
     result = run()
     assert result["phases"]["straight"]["features"] > 0
-    path = tmp_path/"digits-one-call"/"seed0"/"features-width4.safetensors"
+    path = tmp_path/"digits-one-call"/"seed0"/"classifier-width4.safetensors"
     own = Classifier.load(path)
     assert own.config["width"] == 4  # of a smoke test
     x = load_images("digits")[:10]
@@ -139,6 +139,19 @@ def test_moments_of_layers_beside_the_features():
     black = torch.full_like(x[:3], -1.).requires_grad_()
     LayerFeatures(classifier, x, moment_weight=.5)(black).sum().backward()
     assert black.grad.isfinite().all()
+
+
+@few_points
+@pytest.mark.filterwarnings("ignore:the samples are less diverse")
+def test_features_without_labels(tmp_path):
+    e = IMAGE_EXPERIMENTS["digits-one-call-autoencoder"]
+    x = load_images("digits")[:400]
+    result = run_images("a", e, 0, tmp_path, device="cpu", data=x, quick=True, progress=False)
+    assert result["phases"]["straight"]["features"] > 0
+    path = tmp_path/"a"/"seed0"/"autoencoder-width4.safetensors"
+    assert Autoencoder.load(path)(x[:3]).shape == (3, 1, 8, 8)
+    with pytest.raises(ValueError, match="Autoencoder"):
+        Classifier.load(path)
 
 
 @few_points
