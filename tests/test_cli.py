@@ -15,6 +15,7 @@ from nsgf_nb import NSGF, cli
 from nsgf_nb.bench import experiments
 from nsgf_nb.bench.experiments import Experiment
 from nsgf_nb.bench.protocol import Protocol
+from nsgf_nb.files import read_json
 from nsgf_nb.flow import TrajectoryPool
 from nsgf_nb.nsgf import NSGFConfig
 from nsgf_nb.targets import TARGETS
@@ -250,7 +251,7 @@ def test_a_result_json_of_something_else(nsgf, trained, content):
 @pytest.mark.parametrize("below", ("file", "file/below"))
 def test_folders_that_cannot_be_written(nsgf, monkeypatch, words, below):
     Path("file").touch()
-    forbid(monkeypatch, "measure_floors", "run", "draw_flow")
+    forbid(monkeypatch, "cached_floors", "run", "draw_flow")
     fails(nsgf(*words, "--out", below), f"folder {below}")
 
 
@@ -263,7 +264,7 @@ def test_samples_that_cannot_be_written(nsgf, trained, output):
 @pytest.mark.parametrize("words", (("demo",), ("train", "2d-moons"), ("sample", "PATH"),
                                    ("evaluate", "PATH")), ids=" ".join)
 def test_devices_that_do_not_exist(nsgf, trained, monkeypatch, words):
-    forbid(monkeypatch, "measure_floors", "measure", "draw_flow")
+    forbid(monkeypatch, "cached_floors", "measure", "draw_flow")
     words = [trained if word == "PATH" else word for word in words]
     fails(nsgf(*words, "--device", "cuda:99"), "^nsgf: device 'cuda:99'")
 
@@ -297,7 +298,15 @@ def test_a_result_json_belongs_to_the_weights_beside_it(nsgf, trained, monkeypat
     assert trained.read_bytes() == before or not (trained.parent/"result.json").exists()
 
 
-@pytest.mark.parametrize("where", ("build", "measure", "measure_floors"))
+def test_floors_of_a_target_are_measured_once(nsgf, trained, monkeypatch):
+    forbid(monkeypatch, "measure_floors")
+    monkeypatch.setattr("nsgf_nb.bench.protocol.measure_floors", None)
+    assert nsgf("train", "2d-moons", "--seeds", 1)[0] == 0
+    floors = [read_json(f"runs/2d-moons/seed{seed}/result.json")["floors"] for seed in (0, 1)]
+    assert floors[0] == floors[1] == read_json("runs/floors-moons.json")
+
+
+@pytest.mark.parametrize("where", ("build", "measure", "cached_floors"))
 def test_ctrl_c_anywhere_is_exit_code_130(nsgf, monkeypatch, where):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt

@@ -188,7 +188,7 @@ def test_what_cannot_work_is_found_before_the_work(
         moments, tmp_path, monkeypatch, command, wrong, words):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    for name in ("measure_floors", "draw_flow", "NSGF"):
+    for name in ("cached_floors", "draw_flow", "NSGF"):
         monkeypatch.setattr(experiments, name, lambda *args: pytest.fail("started to work"))
     args = dict(name="2d-moons", seed=0, seeds=[0], out="runs", device=None, pool=None) | wrong
     with pytest.raises((OSError, ValueError), match=words):

@@ -6,7 +6,7 @@
 __all__ = ['EXPERIMENTS', 'DEMO', 'MODELS', 'FEW_CALLS', 'GROUPS', 'Experiment', 'experiments_named', 'draw_flow',
            'draw_pictures', 'run', 'report', 'train_plane', 'run_demo', 'register_demo']
 
-# %% ../../nbs/41_experiments.ipynb #a8e93e12
+# %% ../../nbs/41_experiments.ipynb #fdcfefc8
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 
 from nsgf_nb.bench.protocol import (
     Protocol,
+    cached_floors,
     draw,
     measure,
     measure_floors,
@@ -242,7 +243,7 @@ def _with_error(value, se, digits):
     "A number with its standard error, if it has one."
     return f"{value:.{digits}f}" + ("" if se is None else f" ± {se:.{digits}f}")
 
-# %% ../../nbs/41_experiments.ipynb #41-016
+# %% ../../nbs/41_experiments.ipynb #3b7d0a3d
 def train_plane(
     args,  # name (of an experiment or a group), seeds, out, device, pool
 ):
@@ -250,8 +251,7 @@ def train_plane(
     device = find_device(args.device)
     for name, experiment in experiments_named(args.name).items():
         folder = writable_folder(Path(args.out)/name)
-        print(f"{name}: measuring the floors …", flush=True)
-        floors = measure_floors(experiment.target, experiment.protocol)
+        floors = cached_floors(experiment.target, experiment.protocol, args.out)
         for seed in args.seeds:
             print(f"{name}, seed {seed}", flush=True)
             result = run(name, experiment, seed, args.out, floors, device, pool=args.pool)
