@@ -23,7 +23,8 @@ from nsgf_nb.bench.image_experiments import (
     save_sheet,
 )
 from nsgf_nb.bench.image_quality import measure_images, sample_images
-from nsgf_nb.files import pretrained_path
+from nsgf_nb.bench.protocol import to_json
+from nsgf_nb.files import pretrained_path, read_json
 from nsgf_nb.flow_matching import FlowMatching, FlowMatchingConfig
 from nsgf_nb.image_metrics import Classifier, nearest_image
 from nsgf_nb.images import load_images
@@ -33,6 +34,7 @@ from nsgf_nb.training import TrainConfig
 
 NET = dict(batch_size=8, channels=4, mult=(1, 2), clip=1.)
 SMALL = dict(NET, train_steps=2)
+RESULTS = Path(__file__).resolve().parent.parent/"nbs"/"results"
 few_points = pytest.mark.filterwarnings("ignore:.*points for .* features")
 
 
@@ -139,6 +141,7 @@ def test_moments_of_layers_beside_the_features():
     black = torch.full_like(x[:3], -1.).requires_grad_()
     LayerFeatures(classifier, x, moment_weight=.5)(black).sum().backward()
     assert black.grad.isfinite().all()
+    assert LayerFeatures(classifier, black.detach(), 1.)(x).isfinite().all()
 
 
 @few_points
@@ -526,3 +529,19 @@ def test_a_missing_data_set(nsgf, monkeypatch):
         raise OSError("no network")
     monkeypatch.setattr("socket.getaddrinfo", offline)
     fails(nsgf("train", "mnist", "--quick"), "mnist.*NSGF_NB_DATA")
+
+
+ONE_CALL_SEEDS = {"digits-one-call": 5, "digits-one-call-autoencoder": 2,
+                  "digits-one-call-pixels": 2, "mnist-one-call": 2}
+
+
+@pytest.mark.parametrize("name", ONE_CALL_SEEDS)
+def test_results_at_one_call_are_those_of_the_experiments(name):
+    paths = sorted((RESULTS/name).glob("seed*/result.json"))
+    assert len(paths) == ONE_CALL_SEEDS[name]
+    for path in paths:
+        result = read_json(path)
+        assert not result["provenance"]["commit"].endswith("dirty")
+        assert path.parent.name == f"seed{result['seed']}"
+        later = dict(autoencoder=False, moment_weight=0.)  # settings that came after some results
+        assert later | result["protocol"] == to_json(IMAGE_EXPERIMENTS[name])
