@@ -220,7 +220,7 @@ def test_results_are_those_of_the_experiments(name):
         if isinstance(experiment.config, NSGFConfig):  # from before these were settings
             recorded = to_json(NSGFConfig(scale="global", visited_share=.5)) | recorded
         if isinstance(experiment.config, GeneratorConfig):
-            recorded = dict(within_data=False) | recorded
+            recorded = dict(within_data=False, maps=0) | recorded
         assert recorded == to_json(experiment.config) | {"seed": result["seed"]}
         assert result["protocol"] == to_json(experiment.protocol)
         assert path.parent.name == f"seed{result['seed']}"
