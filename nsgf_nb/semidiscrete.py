@@ -6,7 +6,7 @@
 __all__ = ['PlanConfig', 'check_distinct', 'check_weights', 'principal_directions', 'SemidiscretePlan', 'check_plan',
            'population_pairs']
 
-# %% ../nbs/06c_semidiscrete.ipynb #06c-004
+# %% ../nbs/06c_semidiscrete.ipynb #6747478f
 import hashlib
 import math
 import time
@@ -31,6 +31,7 @@ from nsgf_nb.dual_ascent import (
 from .files import load_tensors, save_tensors
 from .settings import check_settings, replace_settings, setting
 from .training import Loop, find_device, seeded
+from .units import fingerprint_of
 
 # %% ../nbs/06c_semidiscrete.ipynb #06c-008
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _check_init(init, y):
         raise ValueError(f"init must be a plan to the first points of y, but its "
                          f"{len(init.y):,} points are others")
 
-# %% ../nbs/06c_semidiscrete.ipynb #06c-013
+# %% ../nbs/06c_semidiscrete.ipynb #ccd93b03
 class SemidiscretePlan:
     "The optimal plan from a law to N points: `SemidiscretePlan().fit(y).map(x)`."
 
@@ -186,8 +187,8 @@ class SemidiscretePlan:
 
     def _identity(self):
         "What must be equal when a checkpoint is resumed."
-        points = hashlib.sha256(self.y.cpu().contiguous().numpy()).hexdigest()[:12]
-        return dict(model="SemidiscretePlan", points=f"{tuple(self.y.shape)}, {points}",
+        points = f"{tuple(self.y.shape)}, {fingerprint_of(self.y)}"
+        return dict(model="SemidiscretePlan", points=points,
                     **asdict(self.config))
 
     def _start(self, draw, init, resumed, phases):

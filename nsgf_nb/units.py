@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .settings import is_transformer
 
-# %% ../nbs/14b_units.ipynb #431c485c
+# %% ../nbs/14b_units.ipynb #3d7ddc8b
 class Standardizer:
     "Between the data's unit and the model's: mean zero, deviation one, float32."
 
@@ -129,7 +129,7 @@ class Standardizer:
 
 def fingerprint_of(x: Tensor) -> str:
     "A few letters that tell this sample from others."
-    return hashlib.sha256(x.contiguous().numpy()).hexdigest()[:12]
+    return hashlib.sha256(x.cpu().contiguous().numpy()).hexdigest()[:12]
 
 def _check_variation(deviation, mean, constant, dtype):
     "ValueError for features whose variation the dtype cannot hold."

@@ -5,12 +5,14 @@ import torch
 from nsgf_nb.bench.classifiers import (
     CLASSIFIERS,
     Autoencoder,
+    LayerFeatures,
     make_classifier,
     shift_images,
     train_autoencoder,
     train_classifier,
 )
 from nsgf_nb.image_metrics import Classifier
+from nsgf_nb.images import load_images
 from nsgf_nb.runs.checkpoints import LongRun, Terminated
 from nsgf_nb.training import Loop
 
@@ -56,6 +58,29 @@ def test_an_autoencoder_needs_no_labels(tmp_path):
         Classifier.load(tmp_path/"net.safetensors")
     with pytest.raises(ValueError, match=r"multiples of 4, got shape \(1, 8, 6\)"):
         train_autoencoder(x[..., :6], **SMALL)
+
+
+def test_moments_of_layers_beside_the_features():
+    classifier, x = Classifier.from_pretrained("digits"), load_images("digits")[:500]
+    plain = LayerFeatures(classifier, x)(x)
+    expected = classifier.features(x)
+    unit = expected.var(0).mean().sqrt()
+    assert torch.allclose(plain, expected/unit, atol=1e-4)
+    both = LayerFeatures(classifier, x, moment_weight=.5)(x)
+    channels = 13*classifier.config["width"]  # of its layers, 1 + 2 + 2 + 4 + 4 times the width
+    assert both.shape == (500, plain.shape[1] + 2*channels)
+    assert torch.allclose(both[:, :plain.shape[1]], plain)
+    deviations = both[:, plain.shape[1]:].std(0)
+    assert ((deviations - .5).abs() < 1e-3).sum() > .9*2*channels  # but for channels at rest
+    # the mean of the first layer's channels, by hand
+    first = classifier.body[:3](x).mean((2, 3))
+    expected = .5*first/first.std(0)
+    found = both[:, plain.shape[1]:][:, :first.shape[1]]
+    assert torch.allclose(found, expected, rtol=.01, atol=1e-3)
+    black = torch.full_like(x[:3], -1.).requires_grad_()
+    LayerFeatures(classifier, x, moment_weight=.5)(black).sum().backward()
+    assert black.grad.isfinite().all()
+    assert LayerFeatures(classifier, black.detach(), 1.)(x).isfinite().all()
 
 
 def test_shifts_move_whole_images_by_at_most_so_much():

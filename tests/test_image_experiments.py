@@ -13,7 +13,7 @@ from conftest import fails
 
 from nsgf_nb import NSGF, NSGFPlusPlus, SinkhornGenerator
 from nsgf_nb.bench import image_experiments
-from nsgf_nb.bench.classifiers import Autoencoder, LayerFeatures
+from nsgf_nb.bench.classifiers import Autoencoder
 from nsgf_nb.bench.image_experiments import (
     IMAGE_EXPERIMENTS,
     METHODS,
@@ -119,29 +119,6 @@ def test_features_of_a_classifier_of_its_own(tmp_path, monkeypatch):
     assert again == before
     with pytest.raises(ValueError, match="labels must be given"):
         run(data=x.repeat(20, 1, 1, 1))
-
-
-def test_moments_of_layers_beside_the_features():
-    classifier, x = Classifier.from_pretrained("digits"), load_images("digits")[:500]
-    plain = LayerFeatures(classifier, x)(x)
-    expected = classifier.features(x)
-    unit = expected.var(0).mean().sqrt()
-    assert torch.allclose(plain, expected/unit, atol=1e-4)
-    both = LayerFeatures(classifier, x, moment_weight=.5)(x)
-    channels = 13*classifier.config["width"]  # of its layers, 1 + 2 + 2 + 4 + 4 times the width
-    assert both.shape == (500, plain.shape[1] + 2*channels)
-    assert torch.allclose(both[:, :plain.shape[1]], plain)
-    deviations = both[:, plain.shape[1]:].std(0)
-    assert ((deviations - .5).abs() < 1e-3).sum() > .9*2*channels  # but for channels at rest
-    # the mean of the first layer's channels, by hand
-    first = classifier.body[:3](x).mean((2, 3))
-    expected = .5*first/first.std(0)
-    found = both[:, plain.shape[1]:][:, :first.shape[1]]
-    assert torch.allclose(found, expected, rtol=.01, atol=1e-3)
-    black = torch.full_like(x[:3], -1.).requires_grad_()
-    LayerFeatures(classifier, x, moment_weight=.5)(black).sum().backward()
-    assert black.grad.isfinite().all()
-    assert LayerFeatures(classifier, black.detach(), 1.)(x).isfinite().all()
 
 
 @few_points

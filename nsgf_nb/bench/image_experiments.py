@@ -215,7 +215,7 @@ def load_model(
         raise ValueError(f"{path} holds a model of type {name!r}, not one of {', '.join(kinds)}")
     return kinds[name].load(path, device)
 
-# %% ../../nbs/42_image_experiments.ipynb #fd624c2c
+# %% ../../nbs/42_image_experiments.ipynb #e35d054d
 def _quick(experiment):
     "The same experiment, small enough to see within seconds that everything works."
     net = dict(experiment.net, batch_size=8, bf16=False, compile=False)
@@ -290,9 +290,9 @@ def _train(experiment, seed, device, data, labels, parts, folder, pool, progress
     if labels is None and uses_labels:
         raise ValueError("labels must be given with the data of an experiment that uses them")
     if experiment.feature_width:
-        net = _feature_net(experiment, seed, data.to(model.device), labels, folder, progress)
-        layers = LayerFeatures(net, data[:_UNIT_IMAGES].to(model.device),
-                               experiment.moment_weight)
+        images = data.to(model.device)
+        net = _feature_net(experiment, seed, images, labels, folder, progress)
+        layers = LayerFeatures(net, images[:_UNIT_IMAGES], experiment.moment_weight)
         options["features"] = [torch.nn.Flatten(), layers]
         seconds["features"] = net.about["seconds"]
     coupling = getattr(first.config, "coupling", None)  # a generator has none
