@@ -145,6 +145,18 @@ def test_maps_and_moments_of_one_call(tmp_path):
     assert model.config.maps == 4 and model.sample(3).shape == (3, 1, 8, 8)
 
 
+@few_points
+@pytest.mark.filterwarnings("ignore:the samples are less diverse")
+@pytest.mark.parametrize("name", ("mnist-classes-one-call", "digits-classes-ot-cfm"))
+def test_a_quick_run_has_all_classes(tmp_path, name):
+    e = dataclasses.replace(IMAGE_EXPERIMENTS[name], data="digits")
+    result = run_images("classes", e, 0, tmp_path, device="cpu", quick=True, progress=False)
+    (measured,) = result["measured"]["nfe"].values()
+    assert 0 <= measured["agreement"] <= 1
+    model = load_model(tmp_path/"classes"/"seed0"/"model.safetensors", "cpu")
+    assert model.sample(3, condition=[7, 0, 7]).shape == (3, 1, 8, 8)
+
+
 @pytest.mark.parametrize("method, coupling", (
     ("nsgf", "population"), ("nsgf-minibatch", "minibatch"), ("fm", "independent"),
     ("ot-cfm", "ot"), ("fm-population", "population"),

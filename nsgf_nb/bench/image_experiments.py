@@ -154,14 +154,17 @@ _CIFAR10_ONE_CALL = dict(_CIFAR10_MINUTES, batch_size=1024, ema=.99, first_blur=
 _ONCE = dict(method="one-call", nfe=(1,), nfe_euler=())
 _DIGITS_ONCE = ImageExperiment("digits", _ONE_CALL, 3800, feature_width=24, samples=749, draws=5,
                                **_ONCE)
+_MNIST_ONCE = ImageExperiment("mnist", _MNIST_ONE_CALL, 8000, feature_width=8, moment_weight=.7,
+                              **_ONCE)
 IMAGE_EXPERIMENTS |= {  # "pixels": V sees these alone, for as many seconds
     "digits-one-call": _DIGITS_ONCE,
     "digits-one-call-autoencoder": replace(_DIGITS_ONCE, autoencoder=True),
     "digits-one-call-pixels": replace(_DIGITS_ONCE, train_steps=13_000, feature_width=0),
     "cifar10-one-call": ImageExperiment("cifar10", _CIFAR10_ONE_CALL, 8000, feature_width=24,
                                         samples=10_000, **_ONCE),
-    "mnist-one-call": ImageExperiment("mnist", _MNIST_ONE_CALL, 8000, feature_width=8,
-                                      moment_weight=.7, **_ONCE),
+    "mnist-one-call": _MNIST_ONCE,
+    "mnist-classes-one-call": replace(_MNIST_ONCE, classes=True, train_steps=4000,
+                                      net=dict(_MNIST_ONE_CALL, batch_size=1024)),
 }
 
 # %% ../../nbs/42_image_experiments.ipynb #cb9d7d31
@@ -218,7 +221,8 @@ def load_model(
 # %% ../../nbs/42_image_experiments.ipynb #e35d054d
 def _quick(experiment):
     "The same experiment, small enough to see within seconds that everything works."
-    net = dict(experiment.net, batch_size=8, bf16=False, compile=False)
+    batch_size = 64 if experiment.classes else 8  # some of each class
+    net = dict(experiment.net, batch_size=batch_size, bf16=False, compile=False)
     net["width" if net.get("residual_blocks") else "channels"] = 8
     if net.get("maps"):
         net["maps"] = 4
