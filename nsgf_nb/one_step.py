@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .conditions import class_sizes
 from .data import Batches
 from .fields import FieldConfig, VelocityModel
+from .files import with_prefix, without_prefix
 from .flow import beside
 from .image_metrics import precision_recall
 from .mlp import ResidualMLP
@@ -26,17 +27,19 @@ from .sinkhorn import velocity
 from .training import Loop, Trainer
 
 # %% ../nbs/13b_one_step.ipynb #7a888c91
-SELF_TERMS = ("independent", "masked", "same")
+SELF_TERMS = ("independent", "previous", "masked", "same")
 
 def batch_velocity(
     x: Tensor,  # samples of the generator (B, D)
     y: Tensor,  # data (B, D)
     blur: float,  # square root of ε, in the unit of x
-    self_term: str = "independent",  # one of `SELF_TERMS`
+    self_term="independent",  # or "masked", "same", or a second sample (L, D) for the whole batch
     tol: float = .1,  # L1 error of the marginals
     field=velocity,  # or `kernel_velocity`
 ) -> Tensor:  # V (B, D)
     "T_{q,p} − T_{q,q'} of both halves of a batch, each being the second sample of the other."
+    if isinstance(self_term, Tensor):
+        return field(x, y, blur, tol, self_term=self_term)
     v = torch.empty_like(x)
     for k in (0, 1):
         own, other = x[k::2], x[1 - k::2]
@@ -65,13 +68,12 @@ def kernel_velocity(
 # %% ../nbs/13b_one_step.ipynb #fed77a3d
 _LEAST_ROWS = 4  # of a class in a batch: two in each half
 
-def _groups(given, n):
-    "Rows of a batch that move among themselves: those of a class, or those without a condition."
+def _groups(given, x):
+    "The group of each sample (B,): its class, or whether it has a condition. Groups move alone."
     if not given:
-        return [torch.arange(n)]
+        return torch.zeros(len(x), device=x.device)
     first = given[0]
-    key = first if first.ndim == 1 else first[:, -1]  # the label, or the flag of known numbers
-    return [(key == value).nonzero()[:, 0] for value in key.unique()]
+    return first if first.ndim == 1 else first[:, -1]  # the label, or the flag of known numbers
 
 def _coordinates(x, given, weight):
     "Samples as vectors, with the numbers of their condition beside them."
@@ -185,6 +187,7 @@ class GeneratorTrainer(Trainer):
         self.watch = watch
         self.looks = []  # (step, *Diversity)
         self.samples = None  # of the last step
+        self.previous = {}  # its features by their index, and "groups"; for self_term="previous"
         self.warned = False
 
     def blur(self) -> float:
@@ -195,31 +198,46 @@ class GeneratorTrainer(Trainer):
 
     def distance_to_moved(self, net, z, t, y, *given) -> Tensor:
         "Mean of ‖φ(x) − sg(φ(x) + ηV)‖² over the entries, summed over the features φ."
+        c = self.config
         x = z + net(z, t, *given).float()
         self.samples = x.detach()
+        groups = _groups(given, x)
+        now = dict(groups=groups)
         loss = 0.
-        for phi, deviation in self.features:
+        for i, (phi, deviation) in enumerate(self.features):
             u = phi(x).flatten(1).float()/deviation
             with torch.no_grad():
                 goal = phi(y).flatten(1).float()/deviation
+                start, end = (_coordinates(part, given, c.condition_weight) for part in (u, goal))
                 with torch.autocast(u.device.type, enabled=False):  # V needs all digits
-                    v = self.velocities(u, goal, given)
-            loss = loss + (u - (u.detach() + v)).square().mean()
+                    v = self.velocities(start, end, groups, i)[:, :u.shape[1]]
+                if c.normalise:
+                    v = v/v.square().mean().sqrt()
+            loss = loss + (u - (u.detach() + c.step*v)).square().mean()
+            now[str(i)] = start
+        if c.self_term == "previous":
+            self.previous = now
         return loss
 
-    def velocities(self, u, goal, given) -> Tensor:
-        "ηV of features u (B, D) towards those of the data, among samples of one class."
+    def velocities(self, start, end, groups, i) -> Tensor:
+        "V of the i-th features (B, D) towards those of the data, within each group."
         c = self.config
-        start, end = (_coordinates(part, given, c.condition_weight) for part in (u, goal))
-        v = torch.zeros_like(u)
-        for rows in _groups(given, len(u)):
-            if len(rows) >= _LEAST_ROWS:
-                moved = batch_velocity(start[rows], end[rows], self.blur(), c.self_term, c.tol,
-                                       _FIELDS[c.field])
-                v[rows] = moved[:, :u.shape[1]]
-        if c.normalise:
-            v = v/v.square().mean().sqrt()
-        return c.step*v
+        v = torch.zeros_like(start)
+        for group in groups.unique():
+            rows = groups == group
+            if rows.sum() >= _LEAST_ROWS:
+                v[rows] = batch_velocity(start[rows], end[rows], self.blur(),
+                                         self._self_term(i, group), c.tol, _FIELDS[c.field])
+        return v
+
+    def _self_term(self, i, group):
+        "What the i-th features of a group are moved away from, as `batch_velocity` takes it."
+        if self.config.self_term != "previous":
+            return self.config.self_term
+        if not self.previous:  # at the first step
+            return "independent"
+        second = self.previous[str(i)][self.previous["groups"] == group]
+        return second if len(second) else "independent"
 
     def __next__(self):
         loss = super().__next__()
@@ -247,11 +265,13 @@ class GeneratorTrainer(Trainer):
         return super().shown(loss) | diversity
 
     def state_dict(self):
-        return super().state_dict() | {"looks": torch.tensor(self.looks, dtype=torch.float64)}
+        looks = torch.tensor(self.looks, dtype=torch.float64)
+        return super().state_dict() | {"looks": looks} | with_prefix("previous", self.previous)
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
         self.looks[:] = [tuple(look) for look in state["looks"].tolist()]  # the model's, too
+        self.previous = without_prefix("previous", state)
 
 # %% ../nbs/13b_one_step.ipynb #fa90a48a
 def image_layers(

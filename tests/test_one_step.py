@@ -185,8 +185,30 @@ def test_a_checkpoint_of_other_features_is_not_resumed(tmp_path):
             SinkhornGenerator(**TINY).fit(data, progress=False, features=other, loop=LongRun(path))
 
 
+@pytest.mark.parametrize("classes", (0, 3))
+def test_samples_of_the_step_before_are_the_second_sample(classes):
+    settings = dict(TINY, self_term="previous", first_blur=.3, blur=.3, tol=1e-4)
+    config = SinkhornGenerator(**settings).config
+    net = GeneratorNet(MLP(width=8, depth=1, classes=classes), 2)
+    trainer = GeneratorTrainer(net, (), 10, config, [(torch.cos, 1.), (torch.sin, .5)])
+    given = [torch.arange(60) % classes] if classes else []
+    groups = given[0] if classes else torch.zeros(60)
+    z, y = normal(2, 60, 2), normal(2, 60, 2, seed=1) + 2
+    before, x = (torch.sin(u + net(u, torch.zeros(60), *given).detach())/.5 for u in z)
+    goal = torch.sin(y[1])/.5
+    trainer.distance_to_moved(net, z[0], torch.zeros(60), y[0], *given)
+    v = trainer.velocities(x, goal, groups, 1)
+    for group in groups.unique():
+        rows = groups == group
+        expected = velocity(x[rows], goal[rows], .3, 1e-4, self_term=before[rows])
+        assert_close(v[rows], expected)
+    trainer.distance_to_moved(net, z[1], torch.zeros(60), y[1], *given)
+    assert_close(trainer.previous["1"], x)
+
+
+@pytest.mark.parametrize("self_term", ("independent", "previous"))
 @quiet
-def test_a_stopped_training_resumes_to_the_bit(tmp_path):
+def test_a_stopped_training_resumes_to_the_bit(tmp_path, self_term):
     class Stop(LongRun):
         def __call__(self, trainer, *args):
             following = type(trainer).__next__
@@ -199,16 +221,17 @@ def test_a_stopped_training_resumes_to_the_bit(tmp_path):
             trainer.__class__ = Stopping
             return super().__call__(trainer, *args)
 
+    settings = dict(TINY, self_term=self_term)
     data = sample_2d("moons", 500, seed=0)
-    whole = SinkhornGenerator(**TINY).fit(data, progress=False)
+    whole = SinkhornGenerator(**settings).fit(data, progress=False)
     path = tmp_path/"run.checkpoint"
     with pytest.raises(KeyboardInterrupt):
-        SinkhornGenerator(**TINY).fit(data, progress=False, loop=Stop(path))
+        SinkhornGenerator(**settings).fit(data, progress=False, loop=Stop(path))
     assert LongRun(path).steps_done() == 18
-    resumed = SinkhornGenerator(**TINY).fit(data, progress=False, loop=LongRun(path))
+    resumed = SinkhornGenerator(**settings).fit(data, progress=False, loop=LongRun(path))
     assert torch.equal(resumed.sample(50), whole.sample(50))
     assert resumed.diversity == whole.diversity
-    again = SinkhornGenerator(**TINY).fit(data, progress=False, loop=LongRun(path))
+    again = SinkhornGenerator(**settings).fit(data, progress=False, loop=LongRun(path))
     assert torch.equal(again.sample(50), whole.sample(50))
 
 
