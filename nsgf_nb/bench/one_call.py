@@ -105,7 +105,8 @@ def bench_choices(
     "Try each choice on each target with each seed, and add what choices.json lacks."
     device = find_device(device)
     path = writable_folder(folder)/"choices.json"
-    new = dict(budget=to_json(budget), provenance=provenance(device), rows={})
+    made = provenance(device)
+    new = dict(budget=to_json(budget), provenance=made, rows={})
     results = open_results(path, new)
     for target in targets:
         floors = cached_floors(target, budget.protocol, folder)
@@ -116,7 +117,7 @@ def bench_choices(
                     continue
                 own = replace(budget, samples=round(SAMPLES.get(name, 1)*budget.samples))
                 row = try_choice(CHOICES[name], target, own, floors, seed, device)
-                results["rows"][key] = row
+                results["rows"][key] = dict(row, commit=made["commit"])
                 write_json(path, results)
                 print(f"{key}: {row['sw2']:.2f} floors in {row['seconds']:.0f} s", flush=True)
     return results
