@@ -202,7 +202,7 @@ class GeneratorTrainer(Trainer):
         x = z + net(z, t, *given).float()
         self.samples = x.detach()
         groups = _groups(given, x)
-        now = dict(groups=groups)
+        current = dict(groups=groups)
         loss = 0.
         for i, (phi, deviation) in enumerate(self.features):
             u = phi(x).flatten(1).float()/deviation
@@ -214,9 +214,9 @@ class GeneratorTrainer(Trainer):
                 if c.normalise:
                     v = v/v.square().mean().sqrt()
             loss = loss + (u - (u.detach() + c.step*v)).square().mean()
-            now[str(i)] = start
+            current[str(i)] = start
         if c.self_term == "previous":
-            self.previous = now
+            self.previous = current
         return loss
 
     def velocities(self, start, end, groups, i) -> Tensor:

@@ -521,7 +521,8 @@ def test_a_missing_data_set(nsgf, monkeypatch):
 
 
 ONE_CALL_SEEDS = {"digits-one-call": 5, "digits-one-call-autoencoder": 2,
-                  "digits-one-call-pixels": 2, "mnist-one-call": 2}
+                  "digits-one-call-pixels": 2, "mnist-one-call": 2,
+                  "mnist-classes-one-call": 2}
 
 
 @pytest.mark.parametrize("name", ONE_CALL_SEEDS)

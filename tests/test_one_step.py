@@ -278,6 +278,16 @@ def test_shipped_weights_make_mnist_in_one_call():
     assert logits.argmax(1).bincount(minlength=10).min() > 25
 
 
+def test_shipped_weights_make_the_digit_that_is_asked_for():
+    model = SinkhornGenerator.from_pretrained("mnist-classes-one-call", device="cpu")
+    asked = torch.arange(500) % 10
+    x = model.sample(500, condition=asked)
+    logits = Classifier.from_pretrained("mnist")(x)
+    assert (logits.argmax(1) == asked).double().mean() > .95
+    assert (logits.softmax(1).amax(1) > .9).double().mean() > .94  # of real ones .986
+    assert model.sample(20).shape == (20, 1, 28, 28)  # classes as often as in the data
+
+
 def test_what_a_map_cannot_do_is_refused():
     model = SinkhornGenerator(**TINY)
     with pytest.raises(ValueError, match="sample_steps"):
