@@ -191,9 +191,10 @@ def _draw(experiment, model, data, folder, seed):
     x = model.sample(rows*columns, seed=seed, **condition)  # by this process alone
     x = x.clamp(-1, 1).cpu()
     save_sheet(x, folder/"sheet.png", f"{name} on {experiment.data}", columns)
-    nearest = data[nearest_image(x[:10], data)[1]]
-    save_sheet(torch.cat([x[:10], nearest]), folder/"nearest.png",
-               f"{name}: samples, and the training images nearest to them", 10, (6, 1.6))
+    some = x[::columns] if experiment.classes else x[:10]  # one of each class
+    nearest = data[nearest_image(some, data)[1]]
+    save_sheet(torch.cat([some, nearest]), folder/"nearest.png",
+               f"{name}: samples, and the training images nearest to them", len(some), (6, 1.6))
     if isinstance(model, SinkhornGenerator):
         return
     steps = dict(steps=9)
