@@ -206,6 +206,19 @@ def test_samples_of_the_step_before_are_the_second_sample(classes):
     assert_close(trainer.previous["1"], x)
 
 
+@quiet
+@pytest.mark.parametrize("drop", (0., .5))
+def test_the_step_before_goes_with_classes_and_numbers(drop):
+    classes = torch.arange(300) % 3
+    condition = {"class": classes.numpy(), "number": normal(300).numpy()}
+    settings = dict(TINY, train_steps=200, self_term="previous", drop_condition=drop)
+    data = normal(300, 2, seed=1) + 5*classes[:, None]
+    model = SinkhornGenerator(**settings).fit(data, progress=False, condition=condition)
+    for k in range(3):
+        x = model.sample(200, condition={"class": k, "number": 0.})
+        assert (x.mean() - 5*k).abs() < 1
+
+
 @pytest.mark.parametrize("self_term", ("independent", "previous"))
 @quiet
 def test_a_stopped_training_resumes_to_the_bit(tmp_path, self_term):
