@@ -211,7 +211,7 @@ def test_samples_of_the_step_before_are_the_second_sample(classes):
 def test_the_step_before_goes_with_classes_and_numbers(drop):
     classes = torch.arange(300) % 3
     condition = {"class": classes.numpy(), "number": normal(300).numpy()}
-    settings = dict(TINY, train_steps=200, self_term="previous", drop_condition=drop)
+    settings = dict(TINY, train_steps=200, self_term="previous", drop_condition=drop, blur=.3)
     data = normal(300, 2, seed=1) + 5*classes[:, None]
     model = SinkhornGenerator(**settings).fit(data, progress=False, condition=condition)
     for k in range(3):
