@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import fails
 
+from nsgf_nb.bench import own_data
 from nsgf_nb.bench.own_data import (
     classifier_auc,
     compare_samples,
@@ -282,6 +283,40 @@ def test_an_array_of_any_shape(nsgf):
     assert numpy.load("new.npy").shape == (7, 4, 2)
     assert "held-out" in nsgf("evaluate", "x.safetensors", "x.npy")[1]
     fails(nsgf("evaluate", "x.safetensors", "people.csv"), "people.csv has samples of shape")
+
+
+@pytest.mark.filterwarnings("ignore:the samples are less diverse")
+def test_a_table_and_the_generator_of_one_call(nsgf):
+    tiny = ("--set", "train_steps=4", "width=8", "depth=1", "batch_size=32")
+    code, out, err = nsgf("fit", "people.csv", "-o", "m.safetensors", "--method", "one-call", *tiny)
+    assert code == 0 and "SinkhornGenerator on" in out and "at most 4 steps of 32" in out, err
+    assert nsgf("sample", "m.safetensors", "-n", "30", "-o", "new.csv")[0] == 0
+    assert len(pandas.read_csv("new.csv")) == 30
+    fails(nsgf("sample", "m.safetensors", "--steps", "3", "-o", "new.csv"), "steps must be 1")
+    assert "floor" in nsgf("evaluate", "m.safetensors", "people.csv")[1]
+    assert not list(Path().glob("[mp]*checkpoint*"))
+
+
+@pytest.mark.filterwarnings("ignore:the samples are less diverse")
+@pytest.mark.parametrize("classes", (False, True))
+def test_a_folder_of_images_and_the_generator_of_one_call(nsgf, monkeypatch, classes):
+    image = pytest.importorskip("PIL.Image")
+    monkeypatch.setattr(own_data, "FEATURE_STEPS", 2)
+    for i in range(24):
+        folder = Path("pictures")/(("cats", "dogs")[i % 2] if classes else "")
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (8, 8, 3)).astype("uint8")
+        image.fromarray(pixels).save(folder/f"{i}.png")
+    label = ("--label", "subfolder") if classes else ()
+    fit = ("fit", "pictures", "-o", "p.safetensors", "--method", "one-call", *label, "--set",
+           "width=8", "maps=4", "batch_size=16", "train_steps=3")
+    code, out, err = nsgf(*fit)
+    assert code == 0 and "within_data=True" in out and "residual_blocks=True" in out, err
+    name = "classifier" if classes else "autoencoder"
+    assert name in Path("p.safetensors.json").read_text()
+    condition = ("--condition", "dogs") if classes else ()
+    assert nsgf("sample", "p.safetensors", "-n", "4", *condition, "-o", "s.png")[0] == 0
+    assert not list(Path().glob("[mp]*checkpoint*"))
 
 
 def test_a_folder_of_images(nsgf):
