@@ -118,7 +118,7 @@ def _generator_settings(shape):
     "What `nsgf fit --method one-call` takes: on images, what was good on MNIST."
     if are_images(shape):
         maps = 0 if shape[1] % 4 or shape[2] % 4 else 32
-        return dict(train_steps=4000, batch_size=512, lr=8e-3, clip=1., first_blur=1., blur=1.,
+        return dict(train_steps=2000, batch_size=512, lr=8e-3, clip=1., first_blur=1., blur=1.,
                     tol=.05, residual_blocks=True, width=256, maps=maps, within_data=True)
     many = math.prod(shape) > 64
     return dict(train_steps=3000, batch_size=512, lr=2e-3, first_blur=1., blur=.1,
