@@ -65,14 +65,17 @@ def _flow(coupling, train_steps, pool_size):
                               **plane_settings(FlowMatchingConfig))
 
 MODELS = {NSGFConfig: NSGF, FlowMatchingConfig: FlowMatching, GeneratorConfig: SinkhornGenerator}
+_GENERATOR = GeneratorConfig(train_steps=16_000, **plane_settings(GeneratorConfig))
 FEW_CALLS = {  # at most ten minutes of a core each
-    "generator": GeneratorConfig(train_steps=16_000, **plane_settings(GeneratorConfig)),
+    "generator": _GENERATOR,
+    "kernel": replace(_GENERATOR, field="kernel", first_blur=.3, blur=.3, train_steps=22_000),
     "nsgf": replace(_PLANE, train_steps=32_000, minibatch=1024),
     "fm": _flow("independent", 40_000, 0),
     "ot-cfm": _flow("ot", 37_000, 2**19),
     "reflow": _flow("reflow", 18_500, 2**18),  # and as many steps for its teacher
 }
-_CALLS = {method: (1,) if method == "generator" else (1, 2, 3, 5, 10) for method in FEW_CALLS}
+_CALLS = {method: (1,) if isinstance(config, GeneratorConfig) else (1, 2, 3, 5, 10)
+          for method, config in FEW_CALLS.items()}
 EXPERIMENTS |= {
     f"few-calls-{method}-{target}": Experiment(
         target, config, Protocol(sample_steps=_CALLS[method], sw2_draws=(10,)*len(_CALLS[method])))

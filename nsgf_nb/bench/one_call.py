@@ -51,7 +51,7 @@ CHOICES = {  # what is changed -> settings
     "kernel, τ = .3": dict(field="kernel", first_blur=.3, blur=.3),
     "kernel, τ = .3, as many seconds": dict(field="kernel", first_blur=.3, blur=.3),
 }
-SAMPLES = {"kernel, τ = .3, as many seconds": 3.5}  # in units of the budget's; 1 for all others
+SAMPLES = {"kernel, τ = .3, as many seconds": 2.3}  # in units of the budget's; 1 for all others
 
 @dataclass(frozen=True)
 class Budget:
