@@ -37,7 +37,7 @@ def batch_velocity(
     tol: float = .1,  # L1 error of the marginals
     field=velocity,  # or `kernel_velocity`
 ) -> Tensor:  # V (B, D)
-    "T_{q,p} − T_{q,q'} of both halves of a batch, each being the second sample of the other."
+    "T_{q,p} − T_{q,q'}; without a second sample, the halves of the batch are each other's."
     if isinstance(self_term, Tensor):
         return field(x, y, blur, tol, self_term=self_term)
     v = torch.empty_like(x)

@@ -113,6 +113,14 @@ BAD_LABELS = (torch.zeros(20), torch.zeros(19).long(), -torch.ones(20).long(),
               torch.zeros(20, 1).long())
 
 
+def test_a_checkpoint_of_other_labels_is_not_resumed(tmp_path):
+    x, labels = stripes(60)
+    path = tmp_path/"training.checkpoint"
+    train_classifier(x, labels, **SMALL, loop=LongRun(path))
+    with pytest.raises(ValueError, match="another run, with labels"):
+        train_classifier(x, 1 - labels, **SMALL, loop=LongRun(path))
+
+
 @pytest.mark.parametrize("labels", BAD_LABELS, ids=lambda t: f"{tuple(t.shape)} {t.dtype}")
 def test_labels_that_do_not_fit(labels):
     with pytest.raises(ValueError, match="^labels.*20"):

@@ -114,7 +114,7 @@ def test_features_of_a_classifier_of_its_own(tmp_path, monkeypatch):
     x = load_images("digits")[:10]
     assert not torch.allclose(own(x), Classifier.from_pretrained("digits")(x))
     # what is there is not trained again
-    monkeypatch.setattr(image_experiments, "train_classifier", None)
+    monkeypatch.setattr(image_experiments, "train_features", None)
     again, before = (r["measured"]["nfe"]["1"]["frechet"] for r in (run(), result))
     assert again == before
     with pytest.raises(ValueError, match="labels must be given"):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLASSIFIERS', 'shift_images', 'classification_loss', 'train_feature_net', 'train_classifier', 'Autoencoder',
-           'reconstruction_loss', 'train_autoencoder', 'LayerFeatures', 'make_classifier', 'train_classifiers']
+           'reconstruction_loss', 'train_autoencoder', 'LayerFeatures', 'train_features', 'pixels_and_layers',
+           'make_classifier', 'train_classifiers']
 
 # %% ../../nbs/41c_classifiers.ipynb #76d171a1
 from pathlib import Path
@@ -78,7 +79,8 @@ def train_feature_net(
     with seeded(seed):
         net = make().to(x.device, memory_format=torch.channels_last).train()
         settings = dict(width=net.config["width"], batch_size=batch_size, lr=lr, shift=shift,
-                        seed=seed, data=fingerprint_of(x))
+                        seed=seed, data=fingerprint_of(x),
+                        labels=[fingerprint_of(tensor) for tensor in given])
         trainer = Trainer(net, Batches(draw, [generator, rows]), steps, lr, ema=0.,
                           weight_decay=.05, loss=loss, settings=settings)
         result = (loop or Loop())(trainer, progress, type(net).__name__.lower())
@@ -192,6 +194,26 @@ class LayerFeatures(nn.Module):
         features, moments = self.parts(x)
         moments = self.moment_weight*moments/self.moment_units
         return torch.cat([features/self.feature_unit, moments], 1)
+
+def train_features(
+    x: Tensor,  # training images (N, C, H, W) in [-1, 1], on the device to train on
+    labels: Tensor = None,  # their classes (N,); None: there are none
+    **options,  # width, epochs and more of `train_classifier`
+) -> FeatureNet:
+    "A `Classifier` of these images; an `Autoencoder` if they have no classes."
+    if labels is None:
+        return train_autoencoder(x, **options)
+    return train_classifier(x, labels, **options)
+
+_UNIT_IMAGES = 2000  # over which features get their units
+
+def pixels_and_layers(
+    net: FeatureNet,
+    x: Tensor,  # images (N, C, H, W) on its device
+    moment_weight: float,  # as for `LayerFeatures`
+) -> list:  # of two functions of images, for `SinkhornGenerator.fit`
+    "What a generator's flow sees of images."
+    return [nn.Flatten(), LayerFeatures(net, x[:_UNIT_IMAGES], moment_weight)]
 
 # %% ../../nbs/41c_classifiers.ipynb #47-010
 CLASSIFIERS = {  # name -> settings of `train_classifier`

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy
 import torch
 
-from .classifiers import LayerFeatures, train_autoencoder, train_classifier
+from .classifiers import pixels_and_layers, train_features
+from .image_experiments import MNIST_ONE_CALL
 from .protocol import add_device, provenance
 from ..conditions import Conditions, classes_of, rows_of_condition
 from ..files import load_tensors
@@ -114,29 +115,24 @@ def are_images(
     return len(shape) == 3 and shape[0] in (1, 3) and all(
         size >= 8 and size % 2 == 0 for size in shape[1:])
 
-def _generator_settings(shape):
-    "What `nsgf fit --method one-call` takes: on images, what was good on MNIST."
-    if are_images(shape):
-        maps = 0 if shape[1] % 4 or shape[2] % 4 else 32
-        return dict(train_steps=2000, batch_size=512, lr=8e-3, clip=1., first_blur=1., blur=1.,
-                    tol=.05, residual_blocks=True, width=256, maps=maps, within_data=True)
-    many = math.prod(shape) > 64
-    return dict(train_steps=3000, batch_size=512, lr=2e-3, first_blur=1., blur=.1,
-                width=384 if many else 192, scale="mixed" if len(shape) == 1 else "global")
-
 def data_settings(
     shape: tuple,  # of one sample
     method: str = "nsgf",  # one of `METHODS`
 ) -> dict:  # settings of a model
     "What `nsgf fit` takes where the user says nothing."
-    if method == "one-call":
-        return _generator_settings(shape)
+    one_call = method == "one-call"
+    if are_images(shape) and one_call:
+        divisible = shape[1] % 4 == 0 and shape[2] % 4 == 0
+        maps = MNIST_ONE_CALL["maps"] if divisible else 0
+        return dict(MNIST_ONE_CALL, train_steps=2000, maps=maps)
     if are_images(shape):
         return dict(batch_size=64, channels=32, mult=(1, 2), lr=1e-3, clip=1., pool_size=2**15,
                     pool_mb=2048, blur=.25, sample_steps=10, sample_method="adams", time_power=2.)
     D = math.prod(shape)
-    return dict(batch_size=256, width=192 if D <= 64 else 384, pool_size=2**16, sample_steps=20,
-                sample_method="adams", scale="mixed" if len(shape) == 1 else "global")
+    settings = dict(width=192 if D <= 64 else 384, scale="mixed" if len(shape) == 1 else "global")
+    if one_call:
+        return settings | dict(train_steps=3000, batch_size=512, lr=2e-3, first_blur=1., blur=.1)
+    return settings | dict(batch_size=256, pool_size=2**16, sample_steps=20, sample_method="adams")
 
 FEATURE_STEPS = 2000  # of the network that makes them
 
@@ -148,13 +144,9 @@ def image_features(
 ) -> list:  # of functions, for `SinkhornGenerator.fit`
     "Pixels, and the layers of a network trained on them: a classifier, or an autoencoder."
     steps_per_epoch = max(1, len(x)//256)
-    settings = dict(width=8, epochs=math.ceil(FEATURE_STEPS/steps_per_epoch), seed=seed,
-                    loop=LongRun(path))
-    if labels is None:
-        net = train_autoencoder(x, **settings)
-    else:
-        net = train_classifier(x, labels, **settings)
-    return [torch.nn.Flatten(), LayerFeatures(net, x[:2000], moment_weight=.7)]
+    epochs = math.ceil(FEATURE_STEPS/steps_per_epoch)
+    net = train_features(x, labels, width=8, epochs=epochs, seed=seed, loop=LongRun(path))
+    return pixels_and_layers(net, x, moment_weight=.7)
 
 def _given_settings(words):
     "`name=value` words as a dict."
@@ -221,13 +213,13 @@ def fit_file(
           + ", ".join(f"{name}={value!r}" for name, value in asdict(model.config).items()))
     steps = training_steps(model.config, len(train), math.prod(points.shape[1:]))
     print(f"at most {steps:,} steps of {model.config.batch_size}")
-    checkpoint = out.with_name(out.name + ".checkpoint")
+    checkpoint = Checkpoint(out.with_name(out.name + ".checkpoint"))
+    feature_checkpoint = Checkpoint(out.with_name(out.name + ".features.checkpoint"))
     options = {}
     if condition is not None:
         train = _without_rare_classes(condition, train)
         options["condition"] = rows_of_condition(condition, train)
         print(f"condition: {Conditions.of(options['condition'], len(train))[0].summary()}")
-    feature_checkpoint = Checkpoint(out.with_name(out.name + ".features.checkpoint"))
     if method == "one-call" and are_images(points.shape[1:]):
         labels = None
         if condition is not None:
@@ -235,11 +227,11 @@ def fit_file(
         options["features"] = image_features(points[train].to(model.device), labels, seed,
                                              feature_checkpoint.path)
         notes["features"] = "autoencoder" if labels is None else "classifier"
-    model.fit(points[train], loop=LongRun(checkpoint), **options)
+    model.fit(points[train], loop=LongRun(checkpoint.path), **options)
     if condition is None and points.ndim == 2:
         model.calibrate(points[train])
     model.save(out, **notes, provenance=provenance(model.device))
-    Checkpoint(checkpoint).remove()
+    checkpoint.remove()
     feature_checkpoint.remove()
     ending = ".csv" if "table" in notes else ".npy"
     if are_images(model.standardizer.shape):
