@@ -8,11 +8,13 @@ __all__ = ['main']
 # %% ../nbs/50_cli.ipynb #3df43d57
 import argparse
 import importlib.util
+import math
 import os
 import platform
 import signal
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,18 +46,36 @@ from .files import pretrained_names, read_json
 from .images import load_images
 from .nsgfpp import PARTS, NSGFPlusPlus
 from .runs.checkpoints import Terminated
+from .runs.minutes import Deadline
 from .targets import TARGETS, sample_2d
 from .training import find_device
 
 # %% ../nbs/50_cli.ipynb #50-006
+def _deadline(args):
+    "When a run by the clock has to be over; None for one of full budget."
+    if args.minutes is None:
+        return None
+    for name, usual in (("parts", PARTS), ("pool", None)):
+        if getattr(args, name) != usual:
+            raise ValueError(f"--{name} cannot be combined with --minutes")
+    end_of_process = 1.
+    return Deadline(60*args.minutes - args.seconds_before - end_of_process)
+
 def _train(args):
+    deadline = _deadline(args)
     if args.name.startswith("classifier-"):
-        train_classifiers(args)
+        train_classifiers(args, deadline)
     elif args.name in IMAGE_EXPERIMENTS:
         args.device = find_device(args.device)
-        train_images(args)
+        train_images(args, deadline)
     else:
-        train_plane(args)
+        train_plane(args, deadline)
+
+def _positive(text):
+    "A positive number of minutes, for argparse."
+    if not 0 < float(text) < math.inf:
+        raise ValueError
+    return float(text)
 
 def _register_train(commands):
     names = [*GROUPS, *EXPERIMENTS, *IMAGE_EXPERIMENTS, *(f"classifier-{c}" for c in CLASSIFIERS)]
@@ -67,6 +87,9 @@ def _register_train(commands):
                         help="of NSGF++, to train some only: " + ", ".join(PARTS))
     parser.add_argument("--quick", action="store_true",
                         help="image experiments: a few steps, to see that everything works")
+    parser.add_argument("--minutes", type=_positive, metavar="M",
+                        help="train and measure for so long, in a folder NAME-timed; the same "
+                             "command adds as many (default: the full budget)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0],
                         help="one run for each (default: 0)")
     parser.add_argument("--pool", metavar="FOLDER",
@@ -307,6 +330,7 @@ def main(
 ) -> int:  # 0; 1 for a failure, 130 after Ctrl-C, 143 after SIGTERM
     "The `nsgf` command. A wrong call raises `SystemExit(2)`."
     args = _parser().parse_args(argv)
+    args.seconds_before = time.process_time() if argv is None else 0.  # the imports
     try:
         with _sigterm_like_ctrl_c():
             args.call(args)

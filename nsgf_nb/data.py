@@ -9,6 +9,7 @@ __all__ = ['check_sample', 'as_points', 'is_frame', 'column_names', 'as_frame', 
 # %% ../nbs/15_data.ipynb #6bccbcdc
 import hashlib
 import math
+import time
 
 import numpy
 import torch
@@ -379,10 +380,15 @@ class PairPool:
         per_call: int,  # pairs that are made at once
         generator: torch.Generator,  # deals them
         progress: bool = True,
+        seconds: float = 0.,  # stop after so many, with fewer pairs; 0: no bound
     ):
-        calls = tqdm(range(math.ceil(size/per_call)), desc="pairs", disable=not progress,
-                     mininterval=.5)
-        pairs = [make_pairs(per_call) for _ in calls]
+        start = time.perf_counter()
+        pairs = []
+        for _ in tqdm(range(math.ceil(size/per_call)), desc="pairs", disable=not progress,
+                      mininterval=.5):
+            pairs.append(make_pairs(per_call))
+            if seconds and time.perf_counter() >= start + seconds:
+                break
         self.x = torch.cat([x for x, _ in pairs])
         self.y = torch.cat([y for _, y in pairs])
         self.generator = generator

@@ -279,12 +279,24 @@ class DualAscent(Steps):
                        for chi2, perfect, draws in state["checks"].tolist()]
 
 # %% ../nbs/06b_dual_ascent.ipynb #06b-018
+def _solve(x, y, blur, g, weights, time_is_up):
+    "The potential of y after 200 iterations, or fewer; a start need not converge."
+    turns = 10 if time_is_up else 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for _ in range(turns):
+            _, g = potentials(x, y, blur, tol=1e-3, max_iter=200//turns, init=g, weights=weights)
+            if time_is_up and time_is_up():
+                break
+    return g
+
 def coarse_prices(
     cells: Cells,
     weights: Tensor,  # b (N,)
     draw,  # function n -> draws of the source (n, D)
     size: int,  # draws that stand for the source
     check_draws: int,  # fresh draws for each check
+    time_is_up=None,  # function -> bool, which may end this early
 ) -> tuple:  # prices (N,), and their `Balance`
     "Prices from Sinkhorn solves against a sample, with falling ε."
     x = draw(size)
@@ -294,16 +306,13 @@ def coarse_prices(
     blur = max(y.square().sum(1).mean().sqrt().item()/4, lowest)
     g, prices, best = None, None, None
     while True:
-        with warnings.catch_warnings():  # a start need not converge
-            warnings.simplefilter("ignore", UserWarning)
-            _, finer = potentials(x, y, blur, tol=1e-3, max_iter=200, init=g,
-                                  weights=(a, weights))
+        finer = _solve(x, y, blur, g, (a, weights), time_is_up)
         candidate = finer + cells.eps*weights.log()  # the soft cells' prices contain it
         found = balance(*count_draws(cells, candidate, draw, check_draws), weights)
         if best is not None and found.excess > .9*best.excess:
             return prices, best
         g, prices, best = finer, candidate, found
-        if blur == lowest:
+        if blur == lowest or time_is_up and time_is_up():
             return prices, best
         blur = max(blur/2, lowest)
 

@@ -87,11 +87,11 @@ class VelocityModel(Model):
         self.standardizer = units.stretched(factor, wanted.mean(0) - factor*samples.mean(0))
         return self
 
-    def population_pairs(self, sampler, plan, progress):
+    def population_pairs(self, sampler, plan, progress, loop=None):
         "A function n -> (x, y) of partners in the whole data set; without a plan, it is made now."
         if plan is None:
             start = time.perf_counter()
-            plan = self._plan(sampler, progress)
+            plan = self._plan(sampler, progress, loop)
             self.seconds["couplings"] = time.perf_counter() - start
         return population_pairs(plan, sampler)
 

@@ -453,12 +453,17 @@ class TrajectoryPool:
         for x, y in groups:
             yield self.flow.run(x, y)
 
+    def time_is_up(self, end: float) -> bool:
+        "Has `time.perf_counter()` reached `end`?"
+        return time.perf_counter() >= end
+
     def build(
         self,
         recipe: PoolRecipe,  # sets flow and capacity, too
         sampler,  # gives n samples by `source(n)` and by `target(n)`
         device: str | torch.device = "cpu",  # where the states are kept
         progress: bool = True,  # show a bar
+        seconds: float = 0.,  # stop after so many, with fewer paths; 0: no bound
     ) -> "TrajectoryPool":  # the pool itself
         "Fill the pool by a recipe, once; `ValueError` where it holds other paths already."
         if len(self):
@@ -472,6 +477,8 @@ class TrajectoryPool:
             with tqdm(range(recipe.calls), "pool", disable=not progress, mininterval=.5) as bar:
                 for flows in self.flows_of(_groups(recipe, sampler, bar)):
                     self.write(flows.flatten(1, 2))
+                    if seconds and self.time_is_up(start + seconds):
+                        break
         except BaseException:  # Ctrl-C, too: no half pool is left
             self.clear()
             raise

@@ -98,7 +98,8 @@ class FlowMatchingConfig(FieldConfig):
     plan_blur: float = setting(0., at_least=0)  # of "population", in standard deviations
     plan_rank: int = setting(0, at_least=0)  # of "population": directions the cost sees; 0: all
     ode_steps: int = setting(16, at_least=1)  # of "reflow": Heun steps, two network calls each
-    pool_size: int = setting(0, at_least=0)  # pairs made before the training; 0: fresh pairs
+    pool_size: int = setting(0, at_least=0)  # pairs made before the training; 0: fresh pairs; …
+    pool_seconds: float = setting(0., at_least=0)  # … fewer, if this takes so long; 0: no bound
 
 # %% ../nbs/09_flow_matching.ipynb #233c1a85
 class FlowMatching(FlowModel):
@@ -115,6 +116,7 @@ class FlowMatching(FlowModel):
         teacher: FlowModel = None,  # of coupling="reflow": a flow with the same network
         plan: SemidiscretePlan = None,  # of coupling="population": from `fit_plan`; None: made now
         condition=None,  # of each row: classes (N,), numbers (N, k), or a dict of such columns
+        plan_loop: Loop = None,  # runs the ascents of plans that are made now; None: `Loop()`
     ):  # the model itself
         "Learn from `source` to `data`. After Ctrl-C the model keeps what it has learned."
         if (self.config.coupling == "reflow") != (teacher is not None):
@@ -123,7 +125,8 @@ class FlowMatching(FlowModel):
         if teacher is not None and condition is not None:
             raise ValueError("condition must be None for coupling='reflow': its teacher has none")
         self.teacher = teacher
-        return super().fit(data, source, progress, loop, condition, teacher=teacher, plan=plan)
+        return super().fit(data, source, progress, loop, condition, teacher=teacher, plan=plan,
+                           plan_loop=plan_loop)
 
     def make_network(self, shape, **inputs):
         net = super().make_network(shape, **inputs)
@@ -131,11 +134,11 @@ class FlowMatching(FlowModel):
             net.load_state_dict(self.teacher.require_net().state_dict())
         return net
 
-    def couple(self, sampler, teacher, plan, progress):
+    def couple(self, sampler, teacher, plan, progress, plan_loop=None):
         "A function n -> (x, y) of coupled source and data points."
         c = self.config
         if c.coupling == "population":
-            return self.population_pairs(sampler, plan, progress)
+            return self.population_pairs(sampler, plan, progress, plan_loop)
         if c.coupling == "reflow":
             return _ends_of(teacher, sampler, c.ode_steps)
 
@@ -150,12 +153,12 @@ class FlowMatching(FlowModel):
             return x, y
         return pairs
 
-    def make_batches(self, sampler, progress, teacher=None, plan=None):
+    def make_batches(self, sampler, progress, teacher=None, plan=None, plan_loop=None):
         "(x_t, t, velocity) on the paths between coupled pairs."
         c = self.config
         check_plan(plan, c.coupling, sampler.shape)
-        pairs = keep_still(self.couple(sampler, teacher, plan, progress), sampler.still,
-                           of_data=c.coupling == "independent")
+        pairs = self.couple(sampler, teacher, plan, progress, plan_loop)
+        pairs = keep_still(pairs, sampler.still, of_data=c.coupling == "independent")
         if c.pool_size:
             start = time.perf_counter()
             per_call = c.minibatch
@@ -163,7 +166,8 @@ class FlowMatching(FlowModel):
                 per_call = min(c.pool_size, rows_per_call(c, sampler.shape, self.device))
             if c.coupling == "population":
                 per_call = min(c.pool_size, 4096)
-            pairs = PairPool(pairs, c.pool_size, per_call, sampler.noise, progress)
+            pairs = PairPool(pairs, c.pool_size, per_call, sampler.noise, progress,
+                             c.pool_seconds)
             self.seconds["pairs"] = time.perf_counter() - start
 
         def draw():

@@ -144,6 +144,7 @@ class Model(Configurable, Pretrained):
             settings = dict(batch_size=size, seed=c.seed + 1000*k, train_steps=sampler.steps)
             if hasattr(c, "pool_size"):
                 settings["pool_size"] = math.ceil(c.pool_size*share)
+                settings["pool_seconds"] = c.pool_seconds*share
             model = type(self)(replace(c, **settings), self.device)
             parts.append(part.batches(model, sampler.standardizer, progress, options))
             for phase, seconds in model.seconds.items():
@@ -206,7 +207,7 @@ class Model(Configurable, Pretrained):
                 if not isinstance(condition, Condition):
                     given = Condition.of(data, condition, source)
             (sampler, given), rest = self._divide(sampler, given, source, options)
-            steps_remain = loop.steps_done() < sampler.steps
+            steps_remain = loop.steps_remain(sampler.steps)
             if given is not None:
                 options["condition"] = given
             if rest is not None:

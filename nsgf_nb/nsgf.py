@@ -31,7 +31,8 @@ class NSGFConfig(FieldConfig):
     blur_unit: str = setting("std", choices=("std", "data"))  # the data's deviation, or its unit
     minibatch: int = setting(256, at_least=1)  # particles n in each flow of the pool
     pool_size: int = setting(2**19, at_least=1)  # source–target pairs in the pool, at most, …
-    pool_mb: int = setting(512, at_least=1)  # … what fits into so many MB, a pair for each state
+    pool_mb: int = setting(512, at_least=1)  # … what fits into so many MB, a pair for each state, …
+    pool_seconds: float = setting(0., at_least=0)  # … and what is made in so many s; 0: no bound
     tol: float = setting(1e-2, above=0)  # L1 marginal error of the Sinkhorn solves
     self_term: str = setting("same", choices=("same", "masked", "independent"))
     population: int = setting(2**16, at_least=2)  # of "population": data points at most
@@ -54,12 +55,12 @@ class NSGF(FlowModel):
         etas = tuple(1/(c.pool_steps/c.t_end - k) for k in range(c.pool_steps))
         return FlowSettings(c.pool_steps, blur, etas, c.tol, c.self_term)
 
-    def make_batches(self, sampler, progress, pool=None, plan=None):
+    def make_batches(self, sampler, progress, pool=None, plan=None, plan_loop=None):
         "Random points of a pool of flows, which is built first."
         c = self.config
         check_plan(plan, c.coupling, sampler.shape)
         if c.coupling == "population":
-            return self._population_batches(sampler, progress, plan)
+            return self._population_batches(sampler, progress, plan, plan_loop)
         start = time.perf_counter()
         pairs = c.pool_size
         if pool is None:  # one of this model alone
@@ -70,7 +71,7 @@ class NSGF(FlowModel):
             shape=sampler.shape, flow=flow,
             pairs=pairs, minibatch=c.minibatch, memory_mb=c.pool_mb, seed=c.seed,
             about=dict(data=sampler.standardizer.fingerprint, flip=c.flip))
-        pool.build(recipe, sampler, self.device, progress)
+        pool.build(recipe, sampler, self.device, progress, c.pool_seconds)
         self.seconds["pool"] = time.perf_counter() - start
         generator = torch.Generator(self.device).manual_seed(c.seed)
         streams = [generator]
@@ -78,15 +79,16 @@ class NSGF(FlowModel):
             streams.append(pool)
         return Batches(lambda: pool.batch(c.batch_size, generator, c.visited_share), streams)
 
-    def _population_batches(self, sampler, progress, plan):
+    def _population_batches(self, sampler, progress, plan, plan_loop):
         "Random points of the straight paths to the partners in the whole data set."
         c = self.config
-        pairs = keep_still(self.population_pairs(sampler, plan, progress), sampler.still)
+        pairs = self.population_pairs(sampler, plan, progress, plan_loop)
+        pairs = keep_still(pairs, sampler.still)
         start = time.perf_counter()
         states = sampler.steps*c.batch_size
         size = min(c.pool_size, states, c.pool_mb*2**18//(2*math.prod(sampler.shape)))
         generator = torch.Generator(self.device).manual_seed(c.seed)
-        pool = PairPool(pairs, size, min(size, 4096), generator, progress)
+        pool = PairPool(pairs, size, min(size, 4096), generator, progress, c.pool_seconds)
         self.seconds["pool"] = time.perf_counter() - start
 
         def draw():

@@ -25,7 +25,7 @@ from .flow_matching import FlowMatching, FlowMatchingConfig, random_times, strai
 from .models import Model
 from .nsgf import NSGF, NSGFConfig
 from .settings import Configurable, replace_settings
-from .training import TrainConfig, find_device, seeded
+from .training import Loop, TrainConfig, find_device, seeded
 from .unet import TimeNet
 
 # %% ../nbs/12_nsgfpp.ipynb #baa42396
@@ -163,6 +163,7 @@ class NSGFPlusPlus(Configurable, Pretrained):
         progress: bool = True,  # show bars, and lines with the times?
         loops: dict = None,  # name of a part -> what runs its trainer; None: `Loop()` for all
         condition=None,  # of each row: classes (N,), numbers (N, k), or a dict of such columns
+        plan_loop: Loop = None,  # runs the ascents of plans that are made now; None: `Loop()`
         **sinkhorn_options,  # pool or plan, as for `NSGF.fit`
     ):  # the model itself
         "Train the parts, one after the other."
@@ -175,7 +176,7 @@ class NSGFPlusPlus(Configurable, Pretrained):
         for name in parts:
             options = dict(sinkhorn_options) if name == "sinkhorn" else {}
             if name != "predictor":  # it knows the time from the state alone
-                options["condition"] = condition
+                options |= dict(condition=condition, plan_loop=plan_loop)
             if name == "straight" and self.handover == "flow":
                 options |= self._start_of_straight(data, condition)
             loop = (loops or {}).get(name)

@@ -175,7 +175,8 @@ class SemidiscretePlan:
         with seeded(c.seed), loop:
             draw, streams = self._draws(source, generator)
             phases = {}
-            g, found = self._start(draw, init, loop.steps_done() > 0, phases)
+            resumed = loop.steps_done() > 0
+            g, found = self._start(draw, init, resumed, phases, loop.time_is_up)
             steps = max(1000, math.ceil(c.draws_per_point*len(y)/c.batch_size))
             ascent = DualAscent(self._cells, self.weights, g, found, draw, streams, c.batch_size,
                                 steps, c.tol, self._identity())
@@ -191,7 +192,7 @@ class SemidiscretePlan:
         return dict(model="SemidiscretePlan", points=points,
                     **asdict(self.config))
 
-    def _start(self, draw, init, resumed, phases):
+    def _start(self, draw, init, resumed, phases, time_is_up):
         "Prices to start from, and their `Balance`; a checkpoint will replace them."
         N, D = self._cells.y.shape
         if resumed:
@@ -200,7 +201,10 @@ class SemidiscretePlan:
         quick = max(256, min(2**14, 2**33//(N*(D + 64))))
         size = self.config.start_draws or quick
         options = (self._cells, self.weights, draw, size, check_size(N, self.config.tol))
-        found = coarse_prices(*options) if init is None else extended_prices(*options, init.g)
+        if init is None:
+            found = coarse_prices(*options, time_is_up)
+        else:
+            found = extended_prices(*options, init.g)
         phases["start"] = time.perf_counter() - start
         return found
 

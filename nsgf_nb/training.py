@@ -192,6 +192,12 @@ class Steps:
         self.step += 1
         return self._losses[self.step - 1]
 
+    def change_steps(self, steps: int):
+        "Make it so many steps in all, and at least those that are done."
+        self.steps = max(steps, self.step)
+        if self.steps > len(self._losses):  # room for twice as many, so that this is rare
+            self._losses = torch.cat([self._losses, self._losses.new_zeros(self.steps)])
+
     def load_losses(self, losses):
         "Continue after these."
         self.step = len(losses)
@@ -428,6 +434,7 @@ def check_loss(
 
 class Loop:
     "Run a trainer to its last step."
+    time_is_up = None  # a function -> bool, of a loop that ends by the clock
 
     def __enter__(self):
         return self
@@ -438,6 +445,10 @@ class Loop:
     def steps_done(self) -> int:
         "Steps that an earlier run has behind it; a loop with checkpoints overrides this."
         return 0
+
+    def steps_remain(self, steps: int) -> bool:
+        "Is a run of so many steps not yet done?"
+        return self.steps_done() < steps
 
     def check_config(self, config: TrainConfig):
         "Raise a `ValueError`, before anything is computed, for what the loop cannot run."

@@ -2,6 +2,7 @@
 import atexit
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from nsgf_nb.runs.distributed import (
     ranks,
     sample,
 )
+from nsgf_nb.runs.minutes import Deadline, TimedRun
 from nsgf_nb.targets import sample_2d
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -189,6 +191,37 @@ def test_a_rank_that_dies_ends_the_others_with_a_clear_message(tmp_path):
     assert "rank 0 of 2 has lost another rank, which died: see what that one printed; step " \
         in output
     assert len(load_tensors(tmp_path/"c")[0]["losses"]) in (3, 4, 5)
+
+
+def by_the_clock(out):
+    "A pool that is cut short and a training; both ranks must stop at the same place."
+    deadline = Deadline(4)
+    pool = SharedPool()
+    model = NSGF(**TINY | dict(pool_size=2**18, minibatch=64, pool_seconds=.5))
+    run = TimedRun(out/"c", deadline)
+    model.fit(sample_2d("moons", 500, 0), progress=False, loop=run, pool=pool)
+    weights = sum(w.double().abs().sum() for w in model.net.parameters()).item()
+    print(f"rank {ranks().index}: {len(pool)} {len(model.losses)} {weights:.10f}", flush=True)
+    assert deadline.left() > -5
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_by_the_clock_at_the_same_step(tmp_path):
+    output = start(__file__, "by_the_clock", tmp_path)
+    first, second = (re.search(f"rank {i}: (.*)", output)[1].split() for i in range(2))
+    assert first == second
+    paths, steps = int(first[0]), int(first[1])
+    assert 64 <= paths < 2**18 and steps > 20
+    assert len(load_tensors(tmp_path/"c")[0]["losses"]) == steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("digits", "digits-one-call"))
+def test_images_on_two_ranks_by_the_clock(tmp_path, name):
+    start("-m", "nsgf_nb", "train", name, "--quick", "--minutes", ".4", "--out", tmp_path)
+    result = read_json(tmp_path/f"{name}-timed"/"seed0"/"result.json")
+    (found,) = result["measured"]["nfe"].values()
+    assert found["frechet"]["mean"] > 0
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from ..image_metrics import Classifier, FeatureNet
 from ..images import load_images
 from ..one_step import image_layers
 from ..runs.checkpoints import Checkpoint, LongRun
+from ..runs.minutes import Deadline, TimedRun, timed_name
 from ..training import Loop, Trainer, seeded
 from ..units import fingerprint_of
 
@@ -245,16 +246,21 @@ def make_classifier(
 
 def train_classifiers(
     args,  # name ("classifier-digits", …), seeds, out
+    deadline: Deadline = None,  # of all seeds together; None: the epochs of the settings
 ):
     "Part of `nsgf train`: a classifier for each seed, with a checkpoint."
     name = args.name.removeprefix("classifier-")
     train = load_images(name, "train", labels=True)
     test = load_images(name, "test", labels=True)
-    for seed in args.seeds:
-        folder = writable_folder(Path(args.out)/args.name/f"seed{seed}")
+    for i, seed in enumerate(args.seeds):
+        folder = writable_folder(Path(args.out)/timed_name(args.name, deadline)/f"seed{seed}")
         checkpoint = folder/"training.checkpoint"
-        net = make_classifier(name, train, test, seed, loop=LongRun(checkpoint))
+        loop = LongRun(checkpoint)
+        if deadline is not None:  # a twentieth is for the test images
+            loop = TimedRun(checkpoint, deadline, .95/(len(args.seeds) - i))
+        net = make_classifier(name, train, test, seed, loop=loop)
         net.save(folder/"classifier.safetensors")
-        Checkpoint(checkpoint).remove()
+        if deadline is None:  # otherwise more minutes may follow
+            Checkpoint(checkpoint).remove()
         print(f"test accuracy {net.about['test_accuracy']:.4f} on {len(test[0]):,} images; "
               f"wrote {folder/'classifier.safetensors'}", flush=True)

@@ -19,6 +19,7 @@ from nsgf_nb.bench.protocol import (
     draw,
     measure,
     measure_floors,
+    measure_until,
     plane_settings,
     provenance,
     target_samples,
@@ -32,7 +33,8 @@ from ..flow_matching import FlowMatching, FlowMatchingConfig
 from ..nsgf import NSGF, NSGFConfig
 from ..one_step import GeneratorConfig, SinkhornGenerator
 from ..runs.checkpoints import Checkpoint
-from ..runs.distributed import DistributedRun, SharedDiskPool, SharedPool, ranks
+from ..runs.distributed import SharedDiskPool, SharedPool, ranks
+from ..runs.minutes import Deadline, bound_pool, run_within, timed_name
 from ..targets import TARGETS, sample_2d, show_paths, show_snapshots, source_2d
 from ..training import find_device
 from ..units import Standardizer
@@ -143,39 +145,52 @@ def run(
     device=None,  # where to compute; None: a GPU if there is one
     progress: bool = True,  # show bars?
     pool=None,  # folder for a pool on disk, at pool/name/seed<seed>; None: in memory
+    deadline: Deadline = None,  # train and measure until then; None: the full budget
 ) -> dict:  # what result.json holds
     "Train, draw, measure; write model.safetensors, snapshots.png, paths.png and result.json."
     start = time.perf_counter()
-    folder = writable_folder(Path(out)/name/f"seed{seed}")
+    command = _command(name, seed, deadline)
+    folder = writable_folder(Path(out)/timed_name(name, deadline)/f"seed{seed}")
     if pool is None:
         pool = SharedPool()
     else:
         pool = SharedDiskPool(Path(pool)/name/f"seed{seed}")
-    model = _train(experiment, seed, device, progress and ranks().main, folder, pool)
+    of_training = None if deadline is None else deadline.before(deadline.measuring_seconds())
+    model = _train(experiment, seed, device, progress and ranks().main, folder, pool, of_training)
     trained = time.perf_counter()
     if ranks().main:
         draw_pictures(experiment, model, folder)
         if progress:
             print(f"samples: {folder/'snapshots.png'}; measuring …", flush=True)
-    target = experiment.target
-    protocol = experiment.protocol
-    floors = floors or measure_floors(target, protocol)
-    measured = measure(target, model, protocol, floors, seed)
-    with_adams = measure(target, model, _of_adams_steps(experiment), floors, seed, method="adams")
-    along_the_way = w2_along_the_way(target, model, protocol)
+    if deadline is None:
+        distances = _measure(experiment, model, floors, seed)
+    else:
+        floors, measured = measure_until(deadline, experiment.target, model, experiment.protocol,
+                                         seed)
+        distances = dict(floors=floors, measured=measured)
     end = time.perf_counter()
     result = dict(
-        experiment=name, target=target, seed=seed, command=_command(name, seed),
-        config=to_json(model.config), protocol=to_json(protocol),
-        provenance=provenance(model.device), floors=floors, measured=measured,
-        measured_adams=with_adams, w2_along_the_way=along_the_way,
+        experiment=name, target=experiment.target, seed=seed, command=command,
+        config=to_json(model.config), protocol=to_json(experiment.protocol),
+        provenance=provenance(model.device), **distances, steps=len(model.losses),
         loss=model.losses[-500:].mean().item(),
         seconds=dict(model.seconds, measuring=end - trained, total=end - start))
     if ranks().main:
         write_json(folder/"result.json", result)
-        for name in ("training", "teacher"):
-            Checkpoint(folder/f"{name}.checkpoint").remove()
+        if deadline is None:  # otherwise more minutes may follow
+            for name in ("training", "teacher"):
+                Checkpoint(folder/f"{name}.checkpoint").remove()
     return result
+
+def _measure(experiment, model, floors, seed):
+    "All that the protocol asks for."
+    target = experiment.target
+    protocol = experiment.protocol
+    floors = floors or measure_floors(target, protocol)
+    with_adams = measure(target, model, _of_adams_steps(experiment), floors, seed, method="adams")
+    return dict(floors=floors, measured=measure(target, model, protocol, floors, seed),
+                measured_adams=with_adams,
+                w2_along_the_way=w2_along_the_way(target, model, protocol))
 
 def _of_adams_steps(experiment):
     "The protocol at the experiment's Adams steps, with as many pairs as for its Euler steps."
@@ -183,22 +198,28 @@ def _of_adams_steps(experiment):
     return replace(protocol, sample_steps=experiment.adams_steps,
                    sw2_draws=protocol.sw2_draws[:1]*len(experiment.adams_steps))
 
-def _command(name, seed):
+def _command(name, seed, deadline=None):
     "What to type for the same run."
     if name == "demo":
         return f"nsgf demo --seed {seed}"
-    return f"nsgf train {name} --seeds {seed}" if name in EXPERIMENTS else None
+    if name not in EXPERIMENTS:
+        return None
+    minutes = "" if deadline is None else f" --minutes {deadline.minutes():g}"
+    return f"nsgf train {name} --seeds {seed}{minutes}"
 
-def _train(experiment, seed, device, progress, folder, pool):
+def _train(experiment, seed, device, progress, folder, pool, deadline=None):
     "The trained model; its weights go to `folder`, after Ctrl-C too."
     config = experiment.config
     model = MODELS[type(config)](config, device=device, seed=seed)
     data, source = target_samples(experiment.target, seed)
-    loop = DistributedRun(folder/"training.checkpoint")
+    loop = run_within(folder/"training.checkpoint", deadline)
     options = dict(pool=pool) if isinstance(config, NSGFConfig) else {}
     try:
         if getattr(config, "coupling", None) == "reflow":
-            options["teacher"] = _teacher(model, data, source, progress, folder)
+            options["teacher"] = _teacher(model, data, source, progress, folder, deadline)
+            if deadline is not None:  # which stops the teacher anywhere in the stream
+                data, source = target_samples(experiment.target, seed)
+        bound_pool(model, deadline)
         model.fit(data, source, progress, loop, **options)
         if "teacher" in options:
             model.seconds["teacher"] = sum(options["teacher"].seconds.values())
@@ -212,10 +233,11 @@ def _train(experiment, seed, device, progress, folder, pool):
         _save(model, folder)
     return model
 
-def _teacher(model, data, source, progress, folder):
-    "The flow whose ends a reflow learns from, trained for as many steps."
+def _teacher(model, data, source, progress, folder, deadline):
+    "The flow whose ends a reflow learns from, trained for as many steps, or for half of the time."
     teacher = FlowMatching(replace(model.config, coupling="independent", pool_size=0), model.device)
-    return teacher.fit(data, source, progress, DistributedRun(folder/"teacher.checkpoint"))
+    loop = run_within(folder/"teacher.checkpoint", deadline, .5)
+    return teacher.fit(data, source, progress, loop)
 
 def _save(model, folder):
     (folder/"result.json").unlink(missing_ok=True)  # of earlier weights
@@ -249,17 +271,25 @@ def _with_error(value, se, digits):
 # %% ../../nbs/41_experiments.ipynb #3b7d0a3d
 def train_plane(
     args,  # name (of an experiment or a group), seeds, out, device, pool
+    deadline: Deadline = None,  # of all runs together; None: their full budgets
 ):
     "Run the experiments that a name stands for, each with every seed: part of `nsgf train`."
     device = find_device(args.device)
-    for name, experiment in experiments_named(args.name).items():
-        folder = writable_folder(Path(args.out)/name)
-        floors = cached_floors(experiment.target, experiment.protocol, args.out)
+    names = experiments_named(args.name)
+    left = len(names)*len(args.seeds)
+    for name, experiment in names.items():
+        folder = writable_folder(Path(args.out)/timed_name(name, deadline))
+        floors = None
+        if deadline is None:
+            floors = cached_floors(experiment.target, experiment.protocol, args.out)
         for seed in args.seeds:
             print(f"{name}, seed {seed}", flush=True)
-            result = run(name, experiment, seed, args.out, floors, device, pool=args.pool)
+            end = None if deadline is None else deadline.part(1/left)
+            result = run(name, experiment, seed, args.out, floors, device, pool=args.pool,
+                         deadline=end)
             print(report(result))
             _print_written(folder/f"seed{seed}")
+            left -= 1
 
 def run_demo(
     args,  # seed, out, device

@@ -23,7 +23,13 @@ from nsgf_nb.bench.classifiers import (
     pixels_and_layers,
     train_features,
 )
-from .image_quality import measure_images, parts_of, sample_images
+from nsgf_nb.bench.image_quality import (
+    TimedMeter,
+    measure_images,
+    parts_of,
+    sample_images,
+    seconds_per_call,
+)
 from .protocol import provenance
 from nsgf_nb.files import (
     load_tensors,
@@ -39,7 +45,8 @@ from ..nsgf import NSGF, NSGFConfig
 from ..nsgfpp import PARTS, NSGFPlusPlus
 from ..one_step import GeneratorConfig, SinkhornGenerator
 from ..runs.checkpoints import Checkpoint, LongRun, file_lock
-from ..runs.distributed import DistributedRun, SharedDiskPool, SharedPool, ranks
+from ..runs.distributed import SharedDiskPool, SharedPool, ranks
+from ..runs.minutes import Deadline, TimedRun, bound_pool, run_within, timed_name
 from ..semidiscrete import SemidiscretePlan
 from ..training import TrainConfig
 
@@ -230,9 +237,16 @@ def _quick(experiment):
     return replace(experiment, net=net, train_steps=10, samples=64, nfe=nfe, nfe_euler=(),
                    draws=1, feature_width=min(4, experiment.feature_width))
 
-def _loops(model, folder):
-    "A loop with a checkpoint for each part."
-    return {name: DistributedRun(folder/f"{name}.checkpoint") for name in parts_of(model)}
+def _loops(model, folder, deadline=None):
+    "A loop with a checkpoint for each part; with a deadline, each has its share of the time."
+    loops = {}
+    remaining = sum(part.config.train_steps for part in parts_of(model).values())
+    for name, part in parts_of(model).items():
+        share = part.config.train_steps/remaining  # of what the parts before it leave
+        bound_pool(part, deadline, share)
+        loops[name] = run_within(folder/f"{name}.checkpoint", deadline, share)
+        remaining -= part.config.train_steps
+    return loops
 
 def _steps_done(path):
     "Steps in a checkpoint; 0 if there is none."
@@ -244,6 +258,9 @@ def _missing(model, folder):
     return [name for name, part in parts_of(model).items()
             if _steps_done(folder/f"{name}.checkpoint") < part.config.train_steps]
 
+_FEWEST_DELIVERED = 256
+_BEFORE = .2  # of the time, for couplings, and for a network whose features guide
+
 def _make_once(path, make):
     "Save what `make` returns for a loop; a file that another run or process made is kept."
     writable_folder(path.parent)
@@ -253,16 +270,29 @@ def _make_once(path, make):
             make(LongRun(checkpoint)).save(path)
             Checkpoint(checkpoint).remove()
 
-def _shared_plan(experiment, model, data, folder, progress):
-    "The plan to all training images that the runs in a folder share."
+def _make_within(path, make, deadline):
+    "The same in a share of the time, by all ranks together."
+    if not ranks().of_main(path.exists()):
+        made = make(TimedRun(None, deadline, _BEFORE))
+        if ranks().main:
+            made.save(path)
+        ranks().wait()
+
+def _shared_plan(experiment, model, data, folder, progress, deadline):
+    "The plan to all training images that runs share; one by the clock keeps its own."
+    def make(loop):
+        return model.fit_plan(data, progress=progress, loop=loop)
     e = experiment
-    path = folder/f"{e.data}-{len(data)}-rank{e.plan_rank}-blur{e.plan_blur:g}.safetensors"
-    _make_once(path, lambda loop: model.fit_plan(data, progress=progress, loop=loop))
+    name = f"{e.data}-{len(data)}-rank{e.plan_rank}-blur{e.plan_blur:g}.safetensors"
+    path = folder.parent.parent/"plans"/name
+    if deadline is not None and not path.exists():
+        return make(TimedRun(folder/"couplings.checkpoint", deadline, _BEFORE))
+    _make_once(path, make)
     return SemidiscretePlan.load(path, device=model.device)
 
 _FEATURE_SEED = 1000  # plus the run's; the classifier that measures has seed 0
 
-def _feature_net(experiment, seed, data, labels, folder, progress):
+def _feature_net(experiment, seed, data, labels, folder, progress, deadline):
     "A network for a generator's features, kept in the run's folder."
     width = experiment.feature_width
     kind = Autoencoder if experiment.autoencoder else Classifier
@@ -275,13 +305,15 @@ def _feature_net(experiment, seed, data, labels, folder, progress):
         net = train_features(data, None if experiment.autoencoder else labels, **settings)
         net.about = dict(seconds=time.perf_counter() - start)
         return net
-    _make_once(path, train)
+    if deadline is None:
+        _make_once(path, train)
+    else:
+        _make_within(path, train, deadline)
     return kind.load(path, data.device)
 
-def _train(experiment, seed, device, data, labels, parts, folder, pool, progress):
-    "The trained model; None if other processes still have to train some of its parts."
-    model = experiment.model(seed, device)
-    loops = _loops(model, folder)
+def _train(experiment, model, data, labels, parts, folder, pool, progress, deadline=None):
+    "Train the model; False if other processes still have to train some of its parts."
+    seed = parts_of(model)["straight"].config.seed
     first = model.sinkhorn if isinstance(model, NSGFPlusPlus) else model
     options = {}
     seconds = {}  # of what is made before the networks are trained
@@ -290,7 +322,7 @@ def _train(experiment, seed, device, data, labels, parts, folder, pool, progress
         raise ValueError("labels must be given with the data of an experiment that uses them")
     if experiment.feature_width:
         images = data.to(model.device)
-        net = _feature_net(experiment, seed, images, labels, folder, progress)
+        net = _feature_net(experiment, seed, images, labels, folder, progress, deadline)
         options["features"] = pixels_and_layers(net, images, experiment.moment_weight)
         seconds["features"] = net.about["seconds"]
     coupling = getattr(first.config, "coupling", None)  # a generator has none
@@ -299,28 +331,46 @@ def _train(experiment, seed, device, data, labels, parts, folder, pool, progress
     elif coupling == "minibatch":
         options["pool"] = pool
     elif coupling == "population":
-        plans = folder.parent.parent/"plans"
-        options["plan"] = _shared_plan(experiment, first, data, plans, progress)
+        options["plan"] = _shared_plan(experiment, first, data, folder, progress, deadline)
         seconds["couplings"] = sum(options["plan"].seconds.values())
+    if deadline is not None and isinstance(model, NSGFPlusPlus):  # states for its hand-over
+        each = first.config.sample_steps*seconds_per_call(model, data)
+        most = int(_BEFORE*deadline.left()/each)
+        model.delivered = min(model.delivered, max(most, _FEWEST_DELIVERED))
+    if deadline is not None and coupling is not None:
+        classes = len(set(labels.tolist())) if experiment.classes else 1
+        options["plan_loop"] = TimedRun(None, deadline, _BEFORE/classes)
+    loops = _loops(model, folder, deadline)
     if not isinstance(model, NSGFPlusPlus):
         model.fit(data, progress=progress, loop=loops["straight"], **options)
         first.seconds.update(seconds)
-        return model
+        return True
     parts = [name for name in parts if name in model.parts]
     model.fit(data, parts, progress, loops, **options)
-    missing = _missing(model, folder)
+    missing = _missing(model, folder) if deadline is None else []
     if missing:
         if ranks().main:
             print(f"{folder} waits for: {', '.join(missing)}")
-        return None
+        return False
     others = [name for name in model.parts if name not in parts]  # trained by other processes
     model.fit(data, others, False, _loops(model, folder), **options)
     first.seconds.update(seconds)
-    return model
+    return True
 
-def _measure(experiment, model, data, seed, test):
+def _timed_meter(experiment, model, data, test, deadline):
+    "What measures a run by the clock; None if there is no classifier of its images."
+    if f"classifier-{experiment.data}" not in pretrained_names():
+        return None
+    return TimedMeter(experiment, model, data, test, deadline.measuring_seconds())
+
+def _measure(experiment, model, data, seed, test, meter=None, deadline=None):
     "The measurements of a run; one that fails is reported, and costs no training."
     try:
+        if deadline is not None and meter is None:
+            raise ValueError(f"no classifier of {experiment.data} comes with the package, and "
+                             f"FID takes longer than minutes")
+        if deadline is not None:
+            return meter.measure_until(deadline, model, seed)
         if f"classifier-{experiment.data}" in pretrained_names():
             device = parts_of(model)["straight"].device
             return measure_images(experiment, model, data, seed, test, device)
@@ -389,11 +439,15 @@ def run_images(
     quick: bool = False,  # a smoke test?
     progress: bool = True,  # bars, and a table at the end?
     pool=None,  # folder for NSGF++'s pool on disk, at pool/name/seed<seed>; None: in memory
+    deadline: Deadline = None,  # train and measure until then; None: the full budget
 ) -> dict:  # what result.json holds; None if parts are still missing
     "Train, measure, draw, and write model.safetensors, result.json and sheet.png."
     experiment = _quick(experiment) if quick else experiment
     most = 2000 if quick else None
-    folder = writable_folder(Path(out)/name/f"seed{seed}")
+    command = f"nsgf train {name} --seeds {seed}{' --quick' if quick else ''}"
+    if deadline is not None:
+        command += f" --minutes {deadline.minutes():g}"
+    folder = writable_folder(Path(out)/timed_name(name, deadline)/f"seed{seed}")
     test = load_images(experiment.data, "test") if data is None else None
     if data is None:
         data, labels = load_images(experiment.data, labels=True)
@@ -404,14 +458,18 @@ def run_images(
         pool = SharedPool()
     else:
         pool = SharedDiskPool(Path(pool)/name/f"seed{seed}")
-    model = _train(experiment, seed, device, data, labels, parts, folder, pool, progress)
-    if model is None:
+    model = experiment.model(seed, device)
+    meter, of_training = None, None
+    if deadline is not None:
+        meter = _timed_meter(experiment, model, data, test, deadline)
+        of_training = deadline.before(deadline.measuring_seconds())
+    if not _train(experiment, model, data, labels, parts, folder, pool, progress, of_training):
         return None
-    command = f"nsgf train {name} --seeds {seed}{' --quick' if quick else ''}"
     if ranks().main:
         model.save(folder/"model.safetensors", command=command)
+        _draw(experiment, model, data, folder, seed)
     start = time.perf_counter()
-    measured = _measure(experiment, model, data, seed, test)
+    measured = _measure(experiment, model, data, seed, test, meter, deadline)
     device = parts_of(model)["straight"].device
     result = dict(
         experiment=name, seed=seed, command=command, protocol=asdict(experiment),
@@ -419,7 +477,6 @@ def run_images(
         measured=measured, seconds=dict(measuring=time.perf_counter() - start))
     if ranks().main:
         write_json(folder/"result.json", result)
-        _draw(experiment, model, data, folder, seed)
     if progress:
         print(report_images(result))
         print(f"wrote {folder}/: sheet.png (the picture), model.safetensors (the weights), "
@@ -428,8 +485,10 @@ def run_images(
 
 def train_images(
     args,  # name of an image experiment, seeds, out, device, parts, quick, pool
+    deadline: Deadline = None,  # of all seeds together; None: their full budgets
 ):
     "Part of `nsgf train`: an image experiment, with every seed."
-    for seed in args.seeds:
+    for i, seed in enumerate(args.seeds):
+        end = None if deadline is None else deadline.part(1/(len(args.seeds) - i))
         run_images(args.name, IMAGE_EXPERIMENTS[args.name], seed, args.out, args.device,
-                   parts=args.parts, quick=args.quick, pool=args.pool)
+                   parts=args.parts, quick=args.quick, pool=args.pool, deadline=end)

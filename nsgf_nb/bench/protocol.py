@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Protocol', 'plane_settings', 'provenance', 'without_nan', 'to_json', 'open_results', 'add_device',
            'add_bench_options', 'write_arrays', 'read_arrays', 'measure_floors', 'cached_floors', 'target_samples',
-           'draw', 'distances_to_target', 'distances', 'measure', 'w2_along_the_way']
+           'draw', 'distances_to_target', 'distances', 'measure', 'measure_until', 'w2_along_the_way']
 
 # %% ../../nbs/40_protocol.ipynb #40-004
 import dataclasses
@@ -14,6 +14,7 @@ import json
 import math
 import platform
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from ..files import read_json, write_file, write_json
 from ..metrics import Estimate, noise_floor, ratio, sw2, w2
 from ..runs import distributed
+from ..runs.minutes import Deadline
 from ..settings import check_settings, setting
 from ..targets import sample_2d, source_2d
 
@@ -253,6 +255,46 @@ def measure(
             return draw(target, model, n, sample_seed, steps, **options)
         measured[str(steps)] = distances(target, protocol, sample, draws, floors, seed)
     return measured
+
+def measure_until(
+    deadline: Deadline,
+    target: str,  # one of `TARGETS`
+    model,  # a trained `VelocityModel`
+    protocol: Protocol,  # its sizes and the first of its numbers of steps are used
+    seed: int = 0,  # of the draws
+) -> tuple:  # what `measure_floors` and `measure` return; both empty if there is no time left
+    "Floors and distances by turns, with as many pairs as fit into the time."
+    steps = protocol.sample_steps[0]
+    kinds = (("w2", w2, protocol.w2_points), ("sw2", sw2, protocol.sw2_points))
+    floors = {name: [] for name, _, _ in kinds}
+    values = {name: [] for name, _, _ in kinds}
+
+    def sample(n, sample_seed):
+        return draw(target, model, n, sample_seed, steps)
+
+    def real(n, sample_seed):
+        return sample_2d(target, n, sample_seed)
+
+    longest = 0.
+    for i in range(_MOST_TURNS):
+        if not deadline.fits(longest):
+            break
+        start = time.perf_counter()
+        for k, (name, metric, n) in enumerate(kinds):
+            first = 1_000_000 + 1000*seed + 500*k + 2*i
+            values[name] += distances_to_target(target, metric, n, 1, first, sample)
+            floors[name] += distances_to_target(target, metric, n, 1, 5_000_000 + first, real)
+        longest = max(longest, time.perf_counter() - start)
+    if not values["w2"]:
+        return {}, {}
+    summaries = {}
+    for name, _, n in kinds:
+        mean, se = Estimate.of(floors[name])
+        floors[name] = dict(mean=mean, se=se, pairs=len(values[name]), n=n)
+        summaries[name] = _summary(values[name], floors[name])
+    return without_nan(floors), {str(steps): summaries}
+
+_MOST_TURNS = 200
 
 def w2_along_the_way(
     target: str,  # one of `TARGETS`

@@ -147,23 +147,19 @@ def _versions():
     import nsgf_nb
     return {"nsgf_nb": nsgf_nb.__version__, "torch": torch.__version__}
 
-def _settings(trainer):
-    "What must be equal when a run is resumed, as JSON gives it back."
-    return json.loads(json.dumps(dict(trainer.settings, steps=trainer.steps)))
-
-def _check_same_run(trainer, about, path):
+def _check_same_run(ours, about, path):
     entries = {name: about.get(name) for name in ("settings", "versions")}
     for name, value in entries.items():
         if not isinstance(value, dict):
             raise ValueError(f"{path} does not hold a whole run: its {name} are missing")
-    differing = differences(entries["settings"], _settings(trainer))
+    differing = differences(entries["settings"], ours)
     if differing:
         raise ValueError(f"{path} is a checkpoint of another run, with {'; '.join(differing)}: "
                          f"choose another file, or remove it")
     differing = differences(entries["versions"], _versions())
     if differing:
         warnings.warn(f"{path} was made with {'; '.join(differing)}: the resumed training may "
-                      f"not end with the same bits", stacklevel=5)
+                      f"not end with the same bits", stacklevel=4)
 
 # %% ../../nbs/30_checkpoints.ipynb #30-022
 class LongRun(Loop):
@@ -216,6 +212,7 @@ class LongRun(Loop):
                 stop = False
                 while not trainer.done and not stop:
                     stop = self.step(trainer, signals)
+                    bar.total = trainer.steps
                     bar.update()
                     show_loss(trainer, bar, self.hint)
                     now = time.perf_counter()
@@ -239,12 +236,18 @@ class LongRun(Loop):
         next(trainer)
         return bool(signals)
 
+    def settings_of(self, trainer) -> dict:
+        "What must be equal when a run is resumed, as JSON gives it back."
+        return json.loads(json.dumps(dict(trainer.settings, steps=trainer.steps)))
+
     def resume(self, trainer, progress=True) -> float:  # seconds of the run so far
         "Load the checkpoint into the trainer, if there is one."
         content = None if self.checkpoint is None else self.checkpoint.read()
         seconds = 0.
         if content is not None:
-            seconds = _load(trainer, *content, self.checkpoint.path)
+            tensors, about = content
+            _check_same_run(self.settings_of(trainer), about, self.checkpoint.path)
+            seconds = _load(trainer, tensors, about, self.checkpoint.path)
             self.hint = f"; step {trainer.step - 1} is in {self.checkpoint.path}"
             if progress:
                 tqdm.write(f"resuming after {trainer.step:,} of {trainer.steps:,} steps, from "
@@ -265,7 +268,7 @@ class LongRun(Loop):
             raise FloatingPointError(
                 f"weights or loss are no longer finite after step {last}: try a smaller learning "
                 f"rate (lr) or a bound on the gradient (clip=1){self.hint}")
-        about = dict(settings=_settings(trainer), versions=_versions(), seconds=seconds,
+        about = dict(settings=self.settings_of(trainer), versions=_versions(), seconds=seconds,
                      phases=trainer.phases)
         try:
             self.checkpoint.write(tensors, about)
@@ -299,7 +302,6 @@ def _count_steps(tensors, path):
 
 def _load(trainer, tensors, about, path):
     "Put a checkpoint into a trainer; the seconds of the run so far."
-    _check_same_run(trainer, about, path)
     try:
         trainer.load_state_dict(tensors)
         _check_all_used(trainer, tensors)

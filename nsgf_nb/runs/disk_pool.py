@@ -367,8 +367,12 @@ class DiskPool:
         sampler: PairSampler,  # its random streams, and torch's, restart with each shard
         device="cpu",  # of the window, and so of the batches
         progress: bool = True,  # show bars?
+        seconds: float = 0.,  # 0: a pool on disk is always made whole
     ) -> "DiskPool":  # the pool itself, to be read from the beginning
         "Make the shards that are missing or damaged; `OSError` if the disk has no room for them."
+        if seconds:
+            raise ValueError(f"pool_seconds must be 0 for a pool on disk, which is made whole, "
+                             f"got {seconds:g}")
         shard = _recipe_of_shard(recipe, self.paths)
         settings = dict(shape=list(recipe.shape), **asdict(recipe.flow), dtype=self.dtype,
                         paths=shard.capacity, minibatch=recipe.minibatch, seed=recipe.seed,

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from itertools import islice
 
@@ -62,6 +62,14 @@ class Ranks:
         total = x.detach().clone()
         torch.distributed.all_reduce(total)
         return total/self.count
+
+    def of_main(self, number: float) -> float:
+        "The number that rank 0 has."
+        if self.count == 1:
+            return number
+        box = torch.tensor(number, dtype=torch.float64)
+        torch.distributed.broadcast(box, 0)
+        return box.item()
 
     def wait(self):
         "Return when all ranks have called this."
@@ -140,17 +148,20 @@ class SharedPool(TrajectoryPool):
     def flows_of(self, groups):
         yield from each(lambda group: self.flow.run(*group), groups)
 
-    def build(self, recipe, sampler, device="cpu", progress=True):
-        return super().build(recipe, sampler, device, progress and ranks().main)
+    def time_is_up(self, end):
+        return bool(ranks().of_main(super().time_is_up(end)))
+
+    def build(self, recipe, sampler, device="cpu", progress=True, seconds=0.):
+        return super().build(recipe, sampler, device, progress and ranks().main, seconds)
 
 class SharedDiskPool(DiskPool):
     "A pool on a disk that all ranks see, whose shards the ranks share."
 
-    def build(self, recipe, sampler, device="cpu", progress=True):
+    def build(self, recipe, sampler, device="cpu", progress=True, seconds=0.):
         here = ranks()
         self.rank = here.index
         self.ranks = here.count
-        super().build(recipe, sampler, device, progress and here.main)
+        super().build(recipe, sampler, device, progress and here.main, seconds)
         here.wait()
         return self
 
@@ -208,7 +219,9 @@ class DistributedRun(LongRun):
     def __call__(self, trainer, progress=True, desc="training"):
         if self.ranks.count == 1:
             return super().__call__(trainer, progress, desc)
-        with _shared(trainer, self.ranks):
+        # an ascent of couplings has no gradients to share: all ranks do the same
+        share = _shared(trainer, self.ranks) if hasattr(trainer, "forward") else nullcontext()
+        with share:
             result = super().__call__(trainer, progress and self.ranks.main, desc)
         self.ranks.wait()
         return result
