@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 import nsgf_nb
-from .bench import ablations, comparison, one_call, plans, speed, table_bench
+from .bench import ablations, comparison, device, one_call, plans, speed, table_bench
 from .bench.classifiers import CLASSIFIERS, train_classifiers
 from .bench.comparison import at_least_one
 from .bench.experiments import EXPERIMENTS, GROUPS, register_demo, report, train_plane
@@ -263,6 +263,7 @@ def _register_bench(commands):
     ablations.register(kinds)
     table_bench.register(kinds)
     one_call.register(kinds)
+    device.register(kinds)
     _register_endurance(kinds)
 
 # %% ../nbs/50_cli.ipynb #50-014

@@ -283,7 +283,7 @@ def test_images_by_the_clock(tmp_path, name):
     folder = tmp_path/f"{name}-timed"/"seed0"
     assert {"sheet.png", "result.json", "model.safetensors"} <= {p.name for p in folder.iterdir()}
     if name == "cifar10-fm":
-        assert "no classifier of cifar10" in result["measured"]["not_measured"]
+        assert "there is no classifier-cifar10" in result["measured"]["not_measured"]
     else:
         measured = result["measured"]["nfe"]["1" if "one-call" in name else "5"]
         assert measured["frechet"]["mean"] > 0 and len(measured["frechet"]["values"]) >= 1
@@ -326,7 +326,7 @@ def test_minutes_are_a_positive_number(nsgf, minutes):
 
 def test_a_classifier_by_the_clock(tmp_path):
     from nsgf_nb.bench.classifiers import train_classifiers
-    args = SimpleNamespace(name="classifier-digits", seeds=[0], out=tmp_path)
+    args = SimpleNamespace(name="classifier-digits", seeds=[0], out=tmp_path, device="cpu")
     train_classifiers(args, Deadline(3))
     folder = tmp_path/"classifier-digits-timed"/"seed0"
     assert {"classifier.safetensors", "training.checkpoint"} <= {p.name for p in folder.iterdir()}

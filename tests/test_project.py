@@ -27,7 +27,7 @@ ORDER = """
 30_checkpoints 31_disk_pool 32_distributed 33_minutes
 40_protocol 41_experiments 41b_image_quality 41c_classifiers 42_image_experiments
 43_gradient_flows 44_jko_flow 45_comparison 46_ablations 48_speed_curves 49_speed_bench
-49b_plan_bench 49c_own_data 49d_table_bench 49e_one_call_bench 50_cli
+49b_plan_bench 49c_own_data 49d_table_bench 49e_one_call_bench 49f_device_bench 50_cli
 """.split()
 # These may be skipped by a reader, and may be imported from above as well.
 SKIPPABLE = {"solver", "files", "data", "cuda_graphs", "settings", "tables",

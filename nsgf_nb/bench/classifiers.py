@@ -22,7 +22,7 @@ from ..images import load_images
 from ..one_step import image_layers
 from ..runs.checkpoints import Checkpoint, LongRun
 from ..runs.minutes import Deadline, TimedRun, timed_name
-from ..training import Loop, Trainer, seeded
+from ..training import Loop, Trainer, find_device, seeded
 from ..units import fingerprint_of
 
 # %% ../../nbs/41c_classifiers.ipynb #47-005
@@ -245,13 +245,14 @@ def make_classifier(
     return net
 
 def train_classifiers(
-    args,  # name ("classifier-digits", …), seeds, out
+    args,  # name ("classifier-digits", …), seeds, out, device
     deadline: Deadline = None,  # of all seeds together; None: the epochs of the settings
 ):
     "Part of `nsgf train`: a classifier for each seed, with a checkpoint."
     name = args.name.removeprefix("classifier-")
-    train = load_images(name, "train", labels=True)
-    test = load_images(name, "test", labels=True)
+    device = find_device(args.device)
+    train, test = ([tensor.to(device) for tensor in load_images(name, split, labels=True)]
+                   for split in ("train", "test"))
     for i, seed in enumerate(args.seeds):
         folder = writable_folder(Path(args.out)/timed_name(args.name, deadline)/f"seed{seed}")
         checkpoint = folder/"training.checkpoint"

@@ -25,6 +25,7 @@ from nsgf_nb.bench.classifiers import (
 )
 from nsgf_nb.bench.image_quality import (
     TimedMeter,
+    find_classifier,
     measure_images,
     parts_of,
     sample_images,
@@ -33,7 +34,6 @@ from nsgf_nb.bench.image_quality import (
 from .protocol import provenance
 from nsgf_nb.files import (
     load_tensors,
-    pretrained_names,
     pretrained_path,
     writable_folder,
     write_json,
@@ -357,23 +357,18 @@ def _train(experiment, model, data, labels, parts, folder, pool, progress, deadl
     first.seconds.update(seconds)
     return True
 
-def _timed_meter(experiment, model, data, test, deadline):
-    "What measures a run by the clock; None if there is no classifier of its images."
-    if f"classifier-{experiment.data}" not in pretrained_names():
-        return None
-    return TimedMeter(experiment, model, data, test, deadline.measuring_seconds())
-
-def _measure(experiment, model, data, seed, test, meter=None, deadline=None):
+def _measure(experiment, model, data, seed, test, classifier, meter=None, deadline=None):
     "The measurements of a run; one that fails is reported, and costs no training."
     try:
-        if deadline is not None and meter is None:
-            raise ValueError(f"no classifier of {experiment.data} comes with the package, and "
-                             f"FID takes longer than minutes")
-        if deadline is not None:
+        if meter is not None:
             return meter.measure_until(deadline, model, seed)
-        if f"classifier-{experiment.data}" in pretrained_names():
+        if deadline is not None:
+            name = f"classifier-{experiment.data}"
+            raise ValueError(f"there is no {name}: make one by nsgf train {name}, with the same "
+                             f"--out")
+        if classifier is not None:
             device = parts_of(model)["straight"].device
-            return measure_images(experiment, model, data, seed, test, device)
+            return measure_images(experiment, model, data, seed, test, device, classifier)
         return _inception(experiment, model, data, seed)
     except (RuntimeError, ValueError, OSError, ImportError) as error:
         warnings.warn(f"not measured: {error}", stacklevel=3)
@@ -459,18 +454,21 @@ def run_images(
     else:
         pool = SharedDiskPool(Path(pool)/name/f"seed{seed}")
     model = experiment.model(seed, device)
+    device = parts_of(model)["straight"].device
+    classifier = find_classifier(experiment.data, out, device)
     meter, of_training = None, None
     if deadline is not None:
-        meter = _timed_meter(experiment, model, data, test, deadline)
-        of_training = deadline.before(deadline.measuring_seconds())
+        seconds = deadline.measuring_seconds()
+        of_training = deadline.before(seconds)
+        if classifier is not None:
+            meter = TimedMeter(experiment, model, data, test, seconds, classifier)
     if not _train(experiment, model, data, labels, parts, folder, pool, progress, of_training):
         return None
     if ranks().main:
         model.save(folder/"model.safetensors", command=command)
         _draw(experiment, model, data, folder, seed)
     start = time.perf_counter()
-    measured = _measure(experiment, model, data, seed, test, meter, deadline)
-    device = parts_of(model)["straight"].device
+    measured = _measure(experiment, model, data, seed, test, classifier, meter, deadline)
     result = dict(
         experiment=name, seed=seed, command=command, protocol=asdict(experiment),
         provenance=provenance(device), training_images=len(data), phases=_phases(model),
