@@ -22,7 +22,7 @@ ORDER = """
 09_flow_matching 10_images 11_unet 12_nsgfpp 13_image_metrics 13b_one_step
 14_files 14b_units 15_data
 15b_conditions 15c_held_out
-16_cuda_graphs 17_settings 18_tables
+16_cuda_graphs 16b_gpu_rounds 17_settings 18_tables
 20_plane 21_images 22_ablations 23_speed 24_endurance 25_tables 26_one_call
 30_checkpoints 31_disk_pool 32_distributed 33_minutes
 40_protocol 41_experiments 41b_image_quality 41c_classifiers 42_image_experiments
@@ -30,7 +30,7 @@ ORDER = """
 49b_plan_bench 49c_own_data 49d_table_bench 49e_one_call_bench 49f_device_bench 50_cli
 """.split()
 # These may be skipped by a reader, and may be imported from above as well.
-SKIPPABLE = {"solver", "files", "data", "cuda_graphs", "settings", "tables",
+SKIPPABLE = {"solver", "files", "data", "cuda_graphs", "gpu_rounds", "settings", "tables",
              "conditions", "held_out", "units", "likelihood",
              "dual_ascent"}
 HEAVY = {"geomloss", "huggingface_hub", "jax", "matplotlib", "ot", "ott", "pandas", "scipy",

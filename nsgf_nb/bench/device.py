@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['RATES', 'PARTS', 'Rates', 'rates_of', 'OperationCount', 'count_step', 'step_limits', 'check_right', 'time_solver',
-           'make_step_trainer', 'time_steps', 'launches_of', 'time_plane', 'unet_config', 'count_at', 'time_unet',
-           'train_cifar10', 'bench_device', 'register']
+           'time_ways', 'make_step_trainer', 'time_steps', 'launches_of', 'time_plane', 'unet_config', 'count_at',
+           'time_unet', 'train_cifar10', 'bench_device', 'register']
 
-# %% ../../nbs/49f_device_bench.ipynb #6dd56a58
+# %% ../../nbs/49f_device_bench.ipynb #f7d88929
 import importlib.util
 import math
 import time
 import warnings
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,12 +22,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from .. import gpu_rounds, solver
 from .classifiers import train_classifiers
 from .experiments import EXPERIMENTS
 from .image_experiments import IMAGE_EXPERIMENTS, run_images
 from .protocol import add_device, provenance
 from .speed import FULL, QUICK, Limits, bench
-from .speed_curves import clouds, reference_velocity, relative_error
+from nsgf_nb.bench.speed_curves import (
+    clouds,
+    measure_time,
+    reference_velocity,
+    relative_error,
+)
 from ..files import writable_folder, write_json
 from ..images import load_images
 from ..nsgf import NSGF
@@ -35,7 +42,7 @@ from ..sinkhorn import divergence, velocity
 from ..targets import sample_2d
 from ..training import TrainConfig, Trainer, find_device, make_network, seeded
 
-# %% ../../nbs/49f_device_bench.ipynb #7cc529e5
+# %% ../../nbs/49f_device_bench.ipynb #3aa3dd52
 @dataclass(frozen=True)
 class Rates:
     "The most that a device can do in a second, as its maker says."
@@ -104,7 +111,7 @@ def step_limits(
     "How fast a step can be at best."
     return {name: count[name]/getattr(rates, name) for name in ("products", "bytes")}
 
-# %% ../../nbs/49f_device_bench.ipynb #9a6fb696
+# %% ../../nbs/49f_device_bench.ipynb #7700e190
 _SHAPES = ((1, 5, 3), (4, 64, 2), (32, 256, 2), (8, 256, 784), (2, 256, 3072), (64, 128, 2),
            (1, 4096, 2))  # problems, points, dimensions
 
@@ -134,7 +141,7 @@ def check_right(
                          gradient=relative_error(-n*gradient, exact)))
     return dict(rows=rows)
 
-# %% ../../nbs/49f_device_bench.ipynb #fdd09830
+# %% ../../nbs/49f_device_bench.ipynb #2d4f070a
 def time_solver(
     device: torch.device,
     deadline: Deadline,
@@ -148,9 +155,41 @@ def time_solver(
         limits = Limits(seconds/2, seconds)
         workloads = replace(FULL, singles=(), growth_points=(), growth_batches=(),
                             growth_dimensions=(), pool_limits=limits, large_limits=limits)
-    return bench(workloads, None, str(device), provenance(device), progress=False)
+    ways = time_ways(device, workloads.pools, workloads.minibatches)
+    result = bench(workloads, None, str(device), provenance(device), progress=False)
+    return dict(result, ways=ways)
 
-# %% ../../nbs/49f_device_bench.ipynb #700b8b01
+def time_ways(
+    device: torch.device,
+    pools: tuple,  # of (points, dimension, blur)
+    minibatches: int,
+) -> list:  # of dicts: n, d, blur, and seconds by way, or what went wrong
+    "`velocity` of a batch by removing what is done, keeping it, and by recorded rounds."
+    rows = []
+    before = solver.WHOLE_ON, gpu_rounds.RECORD
+    try:
+        for n, d, blur in pools:
+            x, y = (points.to(device) for points in clouds(n, d, minibatches))
+            row = dict(n=n, d=d, blur=blur)
+            for way, where, recorded in (("removing", (), False), ("keeping", _ANY, False),
+                                         ("recorded", _ANY, True)):
+                if recorded and device.type != "cuda":
+                    continue
+                solver.WHOLE_ON, gpu_rounds.RECORD = where, recorded
+                try:
+                    for _ in range(3):  # recordings are made on the way
+                        velocity(x, y, blur)
+                    row[way] = measure_time(partial(velocity, x, y, blur), device, 2.).seconds
+                except RuntimeError as error:
+                    row[way] = f"failed: {error}"
+            rows.append(row)
+    finally:
+        solver.WHOLE_ON, gpu_rounds.RECORD = before
+    return rows
+
+_ANY = ("cpu", "cuda")
+
+# %% ../../nbs/49f_device_bench.ipynb #f7671e2d
 _VARIANTS = ("eager", "graph", "compile")
 _COMPILING = 150.  # seconds that a cold compile may take
 
@@ -243,7 +282,7 @@ def _batch(config, shape):
     x = torch.zeros(config.batch_size, *shape)
     return x, torch.zeros(len(x)), x
 
-# %% ../../nbs/49f_device_bench.ipynb #bde3dd2d
+# %% ../../nbs/49f_device_bench.ipynb #1b54ce42
 def unet_config() -> TrainConfig:
     "The network and the training of `cifar10-minutes`."
     settings = dict(IMAGE_EXPERIMENTS["cifar10-minutes"].net, compile=False)
@@ -303,7 +342,7 @@ def time_unet(
                             for name, limit in step_limits(count, rates).items()}
     return result
 
-# %% ../../nbs/49f_device_bench.ipynb #42decf6e
+# %% ../../nbs/49f_device_bench.ipynb #80e24827
 _METHODS = ("cifar10-minutes-ot-cfm", "cifar10-minutes", "cifar10-minutes-fm",
             "cifar10-minutes-nsgfpp")
 
@@ -325,7 +364,7 @@ def train_cifar10(
                                        progress=False, deadline=end)
     return results
 
-# %% ../../nbs/49f_device_bench.ipynb #026523ba
+# %% ../../nbs/49f_device_bench.ipynb #18a4a73c
 PARTS = {  # name -> function, and its share of the time that is left when it begins
     "right": (check_right, .06), "solver": (time_solver, .25), "plane": (time_plane, .15),
     "unet": (time_unet, .35), "cifar10": (train_cifar10, 1.)}
@@ -375,13 +414,15 @@ def _line(name, result):
     if name == "cifar10":
         return ", ".join(result) or "no time was left"
     if name == "solver":
-        return f"{len(result['workloads'])} workloads"
+        times = [f"{way} {1e3*row[way]:.3g} ms" for row in result["ways"][:1] for way in row
+                 if isinstance(row[way], float) and way != "blur"]
+        return f"{len(result['workloads'])} workloads; {', '.join(times)}"
     steps = ", ".join(f"{variant} {1e3*seconds:.3g} ms"
                       for variant, seconds in result["seconds_per_step"].items())
     launches = ", ".join(f"{variant} {n:,}" for variant, n in result["launches"].items())
     return f"a step {steps}; launches {launches}"
 
-# %% ../../nbs/49f_device_bench.ipynb #0d38e7b2
+# %% ../../nbs/49f_device_bench.ipynb #6044aee7
 def register(
     subparsers,  # those of `nsgf bench`
 ):
