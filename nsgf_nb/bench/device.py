@@ -7,7 +7,7 @@ __all__ = ['RATES', 'PARTS', 'Rates', 'rates_of', 'OperationCount', 'count_step'
            'time_ways', 'make_step_trainer', 'time_steps', 'launches_of', 'time_plane', 'unet_config', 'count_at',
            'time_unet', 'train_cifar10', 'bench_device', 'register']
 
-# %% ../../nbs/49f_device_bench.ipynb #f7d88929
+# %% ../../nbs/49f_device_bench.ipynb #3ae51c77
 import importlib.util
 import math
 import time
@@ -42,7 +42,7 @@ from ..sinkhorn import divergence, velocity
 from ..targets import sample_2d
 from ..training import TrainConfig, Trainer, find_device, make_network, seeded
 
-# %% ../../nbs/49f_device_bench.ipynb #3aa3dd52
+# %% ../../nbs/49f_device_bench.ipynb #f18487c9
 @dataclass(frozen=True)
 class Rates:
     "The most that a device can do in a second, as its maker says."
@@ -111,7 +111,7 @@ def step_limits(
     "How fast a step can be at best."
     return {name: count[name]/getattr(rates, name) for name in ("products", "bytes")}
 
-# %% ../../nbs/49f_device_bench.ipynb #7700e190
+# %% ../../nbs/49f_device_bench.ipynb #29b3d056
 _SHAPES = ((1, 5, 3), (4, 64, 2), (32, 256, 2), (8, 256, 784), (2, 256, 3072), (64, 128, 2),
            (1, 4096, 2))  # problems, points, dimensions
 
@@ -141,7 +141,7 @@ def check_right(
                          gradient=relative_error(-n*gradient, exact)))
     return dict(rows=rows)
 
-# %% ../../nbs/49f_device_bench.ipynb #2d4f070a
+# %% ../../nbs/49f_device_bench.ipynb #69463d8c
 def time_solver(
     device: torch.device,
     deadline: Deadline,
@@ -189,7 +189,7 @@ def time_ways(
 
 _ANY = ("cpu", "cuda")
 
-# %% ../../nbs/49f_device_bench.ipynb #f7671e2d
+# %% ../../nbs/49f_device_bench.ipynb #34428843
 _VARIANTS = ("eager", "graph", "compile")
 _COMPILING = 150.  # seconds that a cold compile may take
 
@@ -282,7 +282,7 @@ def _batch(config, shape):
     x = torch.zeros(config.batch_size, *shape)
     return x, torch.zeros(len(x)), x
 
-# %% ../../nbs/49f_device_bench.ipynb #1b54ce42
+# %% ../../nbs/49f_device_bench.ipynb #09702730
 def unet_config() -> TrainConfig:
     "The network and the training of `cifar10-minutes`."
     settings = dict(IMAGE_EXPERIMENTS["cifar10-minutes"].net, compile=False)
@@ -342,7 +342,7 @@ def time_unet(
                             for name, limit in step_limits(count, rates).items()}
     return result
 
-# %% ../../nbs/49f_device_bench.ipynb #80e24827
+# %% ../../nbs/49f_device_bench.ipynb #eaefc1df
 _METHODS = ("cifar10-minutes-ot-cfm", "cifar10-minutes", "cifar10-minutes-fm",
             "cifar10-minutes-nsgfpp")
 
@@ -364,7 +364,7 @@ def train_cifar10(
                                        progress=False, deadline=end)
     return results
 
-# %% ../../nbs/49f_device_bench.ipynb #18a4a73c
+# %% ../../nbs/49f_device_bench.ipynb #1793c276
 PARTS = {  # name -> function, and its share of the time that is left when it begins
     "right": (check_right, .06), "solver": (time_solver, .25), "plane": (time_plane, .15),
     "unet": (time_unet, .35), "cifar10": (train_cifar10, 1.)}
@@ -422,7 +422,7 @@ def _line(name, result):
     launches = ", ".join(f"{variant} {n:,}" for variant, n in result["launches"].items())
     return f"a step {steps}; launches {launches}"
 
-# %% ../../nbs/49f_device_bench.ipynb #6044aee7
+# %% ../../nbs/49f_device_bench.ipynb #19e0457c
 def register(
     subparsers,  # those of `nsgf bench`
 ):

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['POOL_SHARE', 'Deadline', 'TimedRun', 'timed_name', 'bound_pool', 'run_within']
 
-# %% ../../nbs/33_minutes.ipynb #aea79250
+# %% ../../nbs/33_minutes.ipynb #3e0902cd
 import time
 from collections import deque
 
 from .distributed import DistributedRun, ranks
 
-# %% ../../nbs/33_minutes.ipynb #d14183a2
+# %% ../../nbs/33_minutes.ipynb #88d4facb
 class Deadline:
     "A moment at which something has to be over, the same on all ranks."
 
@@ -54,9 +54,10 @@ class Deadline:
         "A moment so long before this one."
         return Deadline(self.left() - seconds)
 
-# %% ../../nbs/33_minutes.ipynb #3799adf1
+# %% ../../nbs/33_minutes.ipynb #d773e89c
 _LOOK = 1.  # seconds between two measurements of the rate, at most
 _REMEMBERED = 20  # measurements, of which the oldest and the newest give the rate
+_WAIT_FOR = 1e-3  # seconds of a step above which its end is waited for
 
 class TimedRun(DistributedRun):
     "A run that takes as many steps as fit into its time."
@@ -94,6 +95,7 @@ class TimedRun(DistributedRun):
     def __call__(self, trainer, progress=True, desc="training"):
         self.begin()
         self.marks = deque(maxlen=_REMEMBERED)  # (seconds left, steps done)
+        self.seconds_per_step = 0.
         try:
             return super().__call__(trainer, progress, desc)
         finally:
@@ -108,6 +110,8 @@ class TimedRun(DistributedRun):
         if is_first:
             self._mark(trainer)
         stop = super().step(trainer, signals)
+        if is_first or self.seconds_per_step > _WAIT_FOR:
+            trainer.losses[-1].item()  # a GPU works through what was launched
         self._lay_out(trainer)
         if is_first:  # it may have compiled: the next steps will be faster
             self.marks.clear()
@@ -123,12 +127,12 @@ class TimedRun(DistributedRun):
         first_left, first_step = self.marks[0]
         last_left, _ = self.marks[-1]
         elapsed = first_left - left
-        seconds_per_step = elapsed/(trainer.step - first_step)
-        if left <= seconds_per_step/2:
+        self.seconds_per_step = elapsed/(trainer.step - first_step)
+        if left <= self.seconds_per_step/2:
             trainer.change_steps(trainer.step)
         elif last_left - left >= min(_LOOK, elapsed/2) > 0:
             self._mark(trainer)
-            trainer.change_steps(trainer.step + max(1, round(left/seconds_per_step)))
+            trainer.change_steps(trainer.step + max(1, round(left/self.seconds_per_step)))
 
 def timed_name(
     name: str,  # of an experiment
