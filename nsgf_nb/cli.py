@@ -32,7 +32,7 @@ from nsgf_nb.bench.image_experiments import (
     save_sheet,
     train_images,
 )
-from .bench.image_quality import measure_images, sample_images
+from .bench.image_quality import find_classifier, measure_images, sample_images
 from nsgf_nb.bench.own_data import (
     condition_from_words,
     evaluate_file,
@@ -187,7 +187,10 @@ def _evaluate_images(args, model):
     print(f"{args.path} against {experiment.data}: sampling and measuring …", flush=True)
     data = load_images(experiment.data)
     test = load_images(experiment.data, "test")
-    print(report_images(dict(measured=measure_images(experiment, model, data, args.seed, test))))
+    out = beside.resolve().parents[2]  # where nsgf train may have left a classifier, too
+    net = find_classifier(experiment.data, out)
+    measured = measure_images(experiment, model, data, args.seed, test, net=net)
+    print(report_images(dict(measured=measured)))
 
 # %% ../nbs/50_cli.ipynb #2f4f8b76
 def _register_sample(commands):

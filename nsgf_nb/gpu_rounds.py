@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECORD', 'LENGTH', 'MOST', 'solve_whole', 'RecordedRounds', 'solve_recorded']
 
-# %% ../nbs/16b_gpu_rounds.ipynb #15a5b8e7
+# %% ../nbs/16b_gpu_rounds.ipynb #8b1fa2a0
 import math
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from .cuda_graphs import WARM_UPS, on_side_stream, record
 from .solver import Problems, Solution, State, Workspace
 
-# %% ../nbs/16b_gpu_rounds.ipynb #f8efd8ec
+# %% ../nbs/16b_gpu_rounds.ipynb #a9b4e825
 RECORD = False  # record rounds as CUDA graphs? Nobody has measured it yet
 
 def solve_whole(
@@ -41,7 +41,7 @@ def solve_whole(
         taken += (state.iterations - before)*active
         state.measure()
 
-# %% ../nbs/16b_gpu_rounds.ipynb #f26549dd
+# %% ../nbs/16b_gpu_rounds.ipynb #fc610f38
 LENGTH = 8  # iterations of a round
 MOST = 4  # shapes whose recordings are kept
 
@@ -50,7 +50,7 @@ class RecordedRounds:
 
     def __init__(self):
         self.workspace = Workspace()  # of the plans
-        self.kept = None  # name -> tensor, of a `State`
+        self.memory = None  # name -> tensor, of a `State`
         self.rounds = 0
         self.replay = None  # set by the recording
 
@@ -66,30 +66,30 @@ class RecordedRounds:
         present = {name: getattr(self.state, name) for name in _NAMES}
         present |= dict(tol=self.state.error.new_tensor(tol),
                         taken=torch.zeros_like(self.state.error))
-        if self.kept is None:
-            self.kept = {name: tensor.clone() for name, tensor in present.items()}
-            self.kept["active"] = self.state.active(tol)
-            self.kept["flags"] = self.state.flags(self.kept["active"])
-        self._keep(present)
+        if self.memory is None:
+            self.memory = {name: tensor.clone() for name, tensor in present.items()}
+            self.memory["active"] = self.state.active(tol)
+            self.memory["flags"] = self.state.flags(self.memory["active"])
+        self._store(present)
 
-    def _keep(self, tensors):
-        "Write into the kept memory, which the state then has."
-        kept = self.kept
+    def _store(self, tensors):
+        "Write into the memory, which is then the state's."
+        memory = self.memory
         for name, tensor in tensors.items():
-            kept[name].copy_(tensor)
+            memory[name].copy_(tensor)
         for name in _NAMES:
-            setattr(self.state, name, kept[name])
-        kept["active"].copy_(self.state.active(kept["tol"]))
-        kept["flags"].copy_(self.state.flags(kept["active"]))
+            setattr(self.state, name, memory[name])
+        memory["active"].copy_(self.state.active(memory["tol"]))
+        memory["flags"].copy_(self.state.flags(memory["active"]))
 
     def _round(self):
-        "A round of the active problems, on kept memory alone."
+        "A round of the active problems, on this memory alone."
         state = self.state
         state.rounds, state.round_length = 1, LENGTH
-        state.advance(math.inf, self.kept["active"])
+        state.advance(math.inf, self.memory["active"])
         state.measure()
-        taken = self.kept["taken"] + LENGTH*self.kept["active"]
-        self._keep({name: getattr(state, name) for name in _NAMES} | dict(taken=taken))
+        taken = self.memory["taken"] + LENGTH*self.memory["active"]
+        self._store({name: getattr(state, name) for name in _NAMES} | dict(taken=taken))
 
     def advance(self):
         "A round, recorded at the fourth and replayed from then on."
@@ -106,14 +106,15 @@ class RecordedRounds:
         self.state.rescue()
         self.state.measure()
         self.state.last_error.zero_()
-        self._keep({name: getattr(self.state, name) for name in _NAMES})
-        self.kept["taken"] += 1
+        self._store({name: getattr(self.state, name) for name in _NAMES})
+        self.memory["taken"] += 1
 
     def solution(self) -> Solution:
         "What was found, in memory of its own."
-        found = self.state.whole_solution(self.kept["taken"])
-        return found._replace(error=found.error.clone())
+        solution = self.state.whole_solution(self.memory["taken"])
+        return solution._replace(error=solution.error.clone())
 
+# of a `State`; "last_error" is the memory of "error" after a round, so it is written first
 _NAMES = ("a", "b", "h", "log_v", "step", "omega", "last_error", "u", "v", "c", "error")
 _ROUNDS = {}  # shape, device and dtype -> RecordedRounds
 
@@ -134,7 +135,7 @@ def solve_recorded(
     rounds.start(problems, h, tol)
     taken = 0
     while True:
-        unsolved, lost = rounds.kept["flags"].tolist()
+        unsolved, lost = rounds.memory["flags"].tolist()
         if not unsolved or taken >= max_iter:
             return rounds.solution()
         if lost:

@@ -126,7 +126,7 @@ class ImageMeter:
         seed: int = 0,  # of the samples
         first: int = 0,  # number of the first draw
         **options,  # of `sample_images`
-    ) -> dict:  # as below
+    ) -> dict:  # frechet, precision, recall, confident, nearest and more
         "Quality of a model's samples at a given number of network calls."
         e = self.experiment
         start = time.perf_counter()
@@ -222,7 +222,7 @@ def measure_images(
         measured["splits"] = _measure_splits(meter, model, measured, seed)
     return dict(meter.about(), real=meter.measure_real(), **measured)
 
-# %% ../../nbs/41b_image_quality.ipynb #43e84eb4
+# %% ../../nbs/41b_image_quality.ipynb #7e9d09cd
 _BY_WORTH = (10, 5, 3, 1, 2, 20, 60)  # numbers of calls
 _MOST_TURNS = 50
 _FEWEST = 100  # images in a set
@@ -287,7 +287,7 @@ class TimedMeter:
         seed: int = 0,  # of the samples
     ) -> dict:  # as `measure_images`, with the numbers of calls for which there was time
         "Measure by worth, again and again."
-        found = {}
+        measured = {}
         for turn in range(_MOST_TURNS):
             nothing_fits = True
             for nfe in self.nfe:
@@ -299,17 +299,17 @@ class TimedMeter:
                 seconds = before - deadline.left()
                 calls = self.meter.experiment.samples*nfe
                 self.call = max(self.call, (seconds - _FIXED)/calls)
-                _add_draw(found, str(nfe), m, self.meter.floors)
+                _add_draw(measured, str(nfe), m, self.meter.floors)
             if nothing_fits:
                 break
-        return dict(self.meter.about(), real=self.real, nfe=found, nfe_euler={})
+        return dict(self.meter.about(), real=self.real, nfe=measured, nfe_euler={})
 
-def _add_draw(found, nfe, m, floors):
+def _add_draw(measured, nfe, m, floors):
     "The distances of all draws; the other numbers are those of the first."
-    if nfe not in found:
-        found[nfe] = m
+    if nfe not in measured:
+        measured[nfe] = m
         return
     for key, compared in (("frechet", floors), ("frechet_test", None)):
         if key in m:
-            values = found[nfe][key]["values"] + m[key]["values"]
-            found[nfe][key] = _summary(values, compared)
+            values = measured[nfe][key]["values"] + m[key]["values"]
+            measured[nfe][key] = _summary(values, compared)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['POOL_SHARE', 'Deadline', 'TimedRun', 'timed_name', 'bound_pool', 'run_within']
 
-# %% ../../nbs/33_minutes.ipynb #3e0902cd
+# %% ../../nbs/33_minutes.ipynb #4b607c95
 import time
 from collections import deque
 
 from .distributed import DistributedRun, ranks
 
-# %% ../../nbs/33_minutes.ipynb #88d4facb
+# %% ../../nbs/33_minutes.ipynb #f1ece0aa
 class Deadline:
     "A moment at which something has to be over, the same on all ranks."
 
@@ -37,8 +37,9 @@ class Deadline:
         return round(self.left()/60, 1)
 
     def measuring_seconds(self) -> float:
-        "What a run that ends then keeps for pictures and measurements: a fifth, or a minute."
-        return min(.2*self.left(), 60.)
+        "What a run that ends then keeps for pictures and measurements: a fifth, from 5 s to 60."
+        left = self.left()
+        return min(max(.2*left, 5.), 60., .5*left)
 
     def part(
         self,
@@ -54,7 +55,7 @@ class Deadline:
         "A moment so long before this one."
         return Deadline(self.left() - seconds)
 
-# %% ../../nbs/33_minutes.ipynb #d773e89c
+# %% ../../nbs/33_minutes.ipynb #8f5ac956
 _LOOK = 1.  # seconds between two measurements of the rate, at most
 _REMEMBERED = 20  # measurements, of which the oldest and the newest give the rate
 _WAIT_FOR = 1e-3  # seconds of a step above which its end is waited for
