@@ -7,13 +7,14 @@ __all__ = ['RATES', 'PARTS', 'Rates', 'rates_of', 'OperationCount', 'count_step'
            'time_ways', 'make_step_trainer', 'time_steps', 'launches_of', 'time_plane', 'unet_config', 'count_at',
            'time_unet', 'train_cifar10', 'bench_device', 'register']
 
-# %% ../../nbs/49f_device_bench.ipynb #3ae51c77
+# %% ../../nbs/49f_device_bench.ipynb #f17da3fe
 import importlib.util
 import math
 import time
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,7 +43,7 @@ from ..sinkhorn import divergence, velocity
 from ..targets import sample_2d
 from ..training import TrainConfig, Trainer, find_device, make_network, seeded
 
-# %% ../../nbs/49f_device_bench.ipynb #f18487c9
+# %% ../../nbs/49f_device_bench.ipynb #8414ad07
 @dataclass(frozen=True)
 class Rates:
     "The most that a device can do in a second, as its maker says."
@@ -111,7 +112,7 @@ def step_limits(
     "How fast a step can be at best."
     return {name: count[name]/getattr(rates, name) for name in ("products", "bytes")}
 
-# %% ../../nbs/49f_device_bench.ipynb #29b3d056
+# %% ../../nbs/49f_device_bench.ipynb #1f0ae731
 _SHAPES = ((1, 5, 3), (4, 64, 2), (32, 256, 2), (8, 256, 784), (2, 256, 3072), (64, 128, 2),
            (1, 4096, 2))  # problems, points, dimensions
 
@@ -141,7 +142,7 @@ def check_right(
                          gradient=relative_error(-n*gradient, exact)))
     return dict(rows=rows)
 
-# %% ../../nbs/49f_device_bench.ipynb #69463d8c
+# %% ../../nbs/49f_device_bench.ipynb #d65310ac
 def time_solver(
     device: torch.device,
     deadline: Deadline,
@@ -189,13 +190,9 @@ def time_ways(
 
 _ANY = ("cpu", "cuda")
 
-# %% ../../nbs/49f_device_bench.ipynb #34428843
+# %% ../../nbs/49f_device_bench.ipynb #30e0b56d
 _VARIANTS = ("eager", "graph", "compile")
 _COMPILING = 150.  # seconds that a cold compile may take
-
-def _forever(batch):
-    while True:
-        yield batch
 
 def make_step_trainer(
     config: TrainConfig,
@@ -203,13 +200,15 @@ def make_step_trainer(
     device: torch.device,
     variant: str = "eager",
     net: nn.Module = None,  # v(x, t); None: the network of the config
+    batches=None,  # iterator of batches; None: the same one again and again
 ) -> Trainer:
-    "A trainer that takes the same batch again and again."
+    "A trainer to count and to time."
     with seeded(0):
         net = (make_network(config, shape) if net is None else net).to(device)
         x = torch.randn(config.batch_size, *shape).to(device)
-    batch = (x, torch.rand(len(x), device=device), -x)
-    return Trainer(net, _forever(batch), 10**6, config.lr, config.ema, config.clip, config.bf16,
+    if batches is None:
+        batches = repeat((x, torch.rand(len(x), device=device), -x))
+    return Trainer(net, batches, 10**6, config.lr, config.ema, config.clip, config.bf16,
                    compile=variant == "compile", graph=variant == "graph")
 
 def time_steps(
@@ -244,12 +243,12 @@ def _variants(device, deadline):
         return _VARIANTS[:1]
     return _VARIANTS if deadline.fits(_COMPILING) else _VARIANTS[:2]
 
-def _time_variants(config, shape, device, deadline, seconds, make_net=None):
+def _time_variants(config, shape, device, deadline, seconds, make_net=None, batches=None):
     "Seconds of a step by variant, and launches but for compiled code, which runs other ones."
     times, launches = {}, {}
     for variant in _variants(device, deadline):
         net = None if make_net is None else make_net()
-        trainer = make_step_trainer(config, shape, device, variant, net)
+        trainer = make_step_trainer(config, shape, device, variant, net, batches)
         times[variant] = time_steps(trainer, seconds)
         if variant != "compile":
             launches[variant] = launches_of(trainer)
@@ -266,23 +265,30 @@ def time_plane(
     if quick:
         config = replace(config, width=16, depth=2, batch_size=64, pool_size=512, minibatch=64)
         seconds = .1
-    model = NSGF(replace(config, pool_size=min(config.pool_size, 2**17)), device)
-    model.batches(sample_2d("moons", 2**14, 0))
-    count = count_step(make_step_trainer(config, (2,), torch.device("cpu")), _batch(config, (2,)))
+    config = replace(config, pool_size=min(config.pool_size, 2**17))
+    cpu = torch.device("cpu")
+    count = count_step(make_step_trainer(config, (2,), cpu), _batch(config, (2,)))
+    model, batches = _pool_of(config, device)
+    steps = _time_variants(config, (2,), device, deadline, seconds, batches=batches)
     threads = torch.get_num_threads()
     torch.set_num_threads(min(2, threads))
-    on_cpu = time_steps(make_step_trainer(config, (2,), torch.device("cpu")), seconds)
+    _, batches = _pool_of(replace(config, pool_size=min(config.pool_size, 2**13)), cpu)
+    on_cpu = time_steps(make_step_trainer(config, (2,), cpu, batches=batches), seconds)
     torch.set_num_threads(threads)
-    steps = _time_variants(config, (2,), device, deadline, seconds)
     return dict(batch_size=config.batch_size, pool_seconds=model.seconds["pool"],
-                pool_size=min(config.pool_size, 2**17), **steps,
+                pool_size=config.pool_size, **steps,
                 cpu_threads=min(2, threads), cpu_seconds_per_step=on_cpu, count=count)
+
+def _pool_of(config, device):
+    "A model with a pool, and the batches that are drawn from it."
+    model = NSGF(config, device)
+    return model, model.batches(sample_2d("moons", 2**14, 0))
 
 def _batch(config, shape):
     x = torch.zeros(config.batch_size, *shape)
     return x, torch.zeros(len(x)), x
 
-# %% ../../nbs/49f_device_bench.ipynb #09702730
+# %% ../../nbs/49f_device_bench.ipynb #4feb40b3
 def unet_config() -> TrainConfig:
     "The network and the training of `cifar10-minutes`."
     settings = dict(IMAGE_EXPERIMENTS["cifar10-minutes"].net, compile=False)
@@ -342,7 +348,7 @@ def time_unet(
                             for name, limit in step_limits(count, rates).items()}
     return result
 
-# %% ../../nbs/49f_device_bench.ipynb #eaefc1df
+# %% ../../nbs/49f_device_bench.ipynb #be6b08ef
 _METHODS = ("cifar10-minutes-ot-cfm", "cifar10-minutes", "cifar10-minutes-fm",
             "cifar10-minutes-nsgfpp")
 
@@ -364,7 +370,7 @@ def train_cifar10(
                                        progress=False, deadline=end)
     return results
 
-# %% ../../nbs/49f_device_bench.ipynb #1793c276
+# %% ../../nbs/49f_device_bench.ipynb #61b93f0c
 PARTS = {  # name -> function, and its share of the time that is left when it begins
     "right": (check_right, .06), "solver": (time_solver, .25), "plane": (time_plane, .15),
     "unet": (time_unet, .35), "cifar10": (train_cifar10, 1.)}
@@ -422,7 +428,7 @@ def _line(name, result):
     launches = ", ".join(f"{variant} {n:,}" for variant, n in result["launches"].items())
     return f"a step {steps}; launches {launches}"
 
-# %% ../../nbs/49f_device_bench.ipynb #19e0457c
+# %% ../../nbs/49f_device_bench.ipynb #e0928294
 def register(
     subparsers,  # those of `nsgf bench`
 ):
