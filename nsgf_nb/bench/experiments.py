@@ -187,9 +187,9 @@ def _measure(experiment, model, floors, seed):
     target = experiment.target
     protocol = experiment.protocol
     floors = floors or measure_floors(target, protocol)
+    measured = measure(target, model, protocol, floors, seed)
     with_adams = measure(target, model, _of_adams_steps(experiment), floors, seed, method="adams")
-    return dict(floors=floors, measured=measure(target, model, protocol, floors, seed),
-                measured_adams=with_adams,
+    return dict(floors=floors, measured=measured, measured_adams=with_adams,
                 w2_along_the_way=w2_along_the_way(target, model, protocol))
 
 def _of_adams_steps(experiment):

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['POOL_SHARE', 'Deadline', 'TimedRun', 'timed_name', 'bound_pool', 'run_within']
 
-# %% ../../nbs/33_minutes.ipynb #4b607c95
+# %% ../../nbs/33_minutes.ipynb #cd72fc13
 import time
 from collections import deque
 
 from .distributed import DistributedRun, ranks
 
-# %% ../../nbs/33_minutes.ipynb #f1ece0aa
+# %% ../../nbs/33_minutes.ipynb #02f97277
 class Deadline:
     "A moment at which something has to be over, the same on all ranks."
 
@@ -55,7 +55,7 @@ class Deadline:
         "A moment so long before this one."
         return Deadline(self.left() - seconds)
 
-# %% ../../nbs/33_minutes.ipynb #8f5ac956
+# %% ../../nbs/33_minutes.ipynb #8b04be12
 _LOOK = 1.  # seconds between two measurements of the rate, at most
 _REMEMBERED = 20  # measurements, of which the oldest and the newest give the rate
 _WAIT_FOR = 1e-3  # seconds of a step above which its end is waited for
