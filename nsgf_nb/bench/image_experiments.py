@@ -258,7 +258,6 @@ def _missing(model, folder):
     return [name for name, part in parts_of(model).items()
             if _steps_done(folder/f"{name}.checkpoint") < part.config.train_steps]
 
-_FEWEST_DELIVERED = 256
 _BEFORE = .2  # of the time, for couplings, and for a network whose features guide
 
 def _make_once(path, make):
@@ -311,15 +310,11 @@ def _feature_net(experiment, seed, data, labels, folder, progress, deadline):
         _make_within(path, train, deadline)
     return kind.load(path, data.device)
 
-def _train(experiment, model, data, labels, parts, folder, pool, progress, deadline=None):
-    "Train the model; False if other processes still have to train some of its parts."
-    seed = parts_of(model)["straight"].config.seed
+def _fit_options(experiment, model, data, labels, folder, pool, progress, deadline):
+    "For `fit` of the model, and the seconds that it took to make them."
     first = model.sinkhorn if isinstance(model, NSGFPlusPlus) else model
-    options = {}
-    seconds = {}  # of what is made before the networks are trained
-    uses_labels = experiment.classes or experiment.feature_width and not experiment.autoencoder
-    if labels is None and uses_labels:
-        raise ValueError("labels must be given with the data of an experiment that uses them")
+    seed = first.config.seed
+    options, seconds = {}, {}
     if experiment.feature_width:
         images = data.to(model.device)
         net = _feature_net(experiment, seed, images, labels, folder, progress, deadline)
@@ -333,17 +328,31 @@ def _train(experiment, model, data, labels, parts, folder, pool, progress, deadl
     elif coupling == "population":
         options["plan"] = _shared_plan(experiment, first, data, folder, progress, deadline)
         seconds["couplings"] = sum(options["plan"].seconds.values())
-    if deadline is not None and isinstance(model, NSGFPlusPlus):  # states for its hand-over
-        each = first.config.sample_steps*seconds_per_call(model, data)
-        most = int(_BEFORE*deadline.left()/each)
-        model.delivered = min(model.delivered, max(most, _FEWEST_DELIVERED))
     if deadline is not None and coupling is not None:
-        classes = len(set(labels.tolist())) if experiment.classes else 1
+        classes = len(labels.unique()) if experiment.classes else 1
         options["plan_loop"] = TimedRun(None, deadline, _BEFORE/classes)
+    return options, seconds
+
+def _bound_delivered(model, data, deadline):
+    "Let an NSGF++ sample the states of its hand-over within a share of the time."
+    if deadline is None or not isinstance(model, NSGFPlusPlus):
+        return
+    seconds_per_state = model.sinkhorn.config.sample_steps*seconds_per_call(model, data)
+    most = int(_BEFORE*deadline.left()/seconds_per_state)
+    model.delivered = min(model.delivered, max(most, 256))
+
+def _train(experiment, model, data, labels, parts, folder, pool, progress, deadline=None):
+    "Train the model; False if other processes still have to train some of its parts."
+    uses_labels = experiment.classes or experiment.feature_width and not experiment.autoencoder
+    if labels is None and uses_labels:
+        raise ValueError("labels must be given with the data of an experiment that uses them")
+    options, seconds = _fit_options(experiment, model, data, labels, folder, pool, progress,
+                                    deadline)
+    _bound_delivered(model, data, deadline)
     loops = _loops(model, folder, deadline)
     if not isinstance(model, NSGFPlusPlus):
         model.fit(data, progress=progress, loop=loops["straight"], **options)
-        first.seconds.update(seconds)
+        model.seconds.update(seconds)
         return True
     parts = [name for name in parts if name in model.parts]
     model.fit(data, parts, progress, loops, **options)
@@ -354,7 +363,7 @@ def _train(experiment, model, data, labels, parts, folder, pool, progress, deadl
         return False
     others = [name for name in model.parts if name not in parts]  # trained by other processes
     model.fit(data, others, False, _loops(model, folder), **options)
-    first.seconds.update(seconds)
+    model.sinkhorn.seconds.update(seconds)
     return True
 
 def _measure(experiment, model, data, seed, test, classifier, meter=None, deadline=None):
@@ -364,8 +373,7 @@ def _measure(experiment, model, data, seed, test, classifier, meter=None, deadli
             return meter.measure_until(deadline, model, seed)
         if deadline is not None:
             name = f"classifier-{experiment.data}"
-            raise ValueError(f"there is no {name}: make one by nsgf train {name}, with the same "
-                             f"--out")
+            raise ValueError(f"there is no {name}: nsgf train {name} with this --out makes one")
         if classifier is not None:
             device = parts_of(model)["straight"].device
             return measure_images(experiment, model, data, seed, test, device, classifier)
