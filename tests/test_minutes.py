@@ -137,6 +137,7 @@ def test_more_minutes_continue_the_run(clock, tmp_path):
     assert second.step == len(result.losses) == pytest.approx(400, abs=3)
     assert torch.equal(second.losses[:first.step], first.losses)
     assert .3 < second.rates[20]/second.lr < .7  # half of the cosine is over
+    assert second.planned[0] > first.step
     assert second.rates[-1] < second.lr/100
 
 

@@ -56,7 +56,8 @@ class Deadline:
         return Deadline(self.left() - seconds)
 
 # %% ../../nbs/33_minutes.ipynb #8b04be12
-_LOOK = 1.  # seconds between two measurements of the rate, at most
+_FIRST_LOOK = .05  # seconds before the rate is measured
+_LOOK = 1.  # seconds between two measurements of it, at most
 _REMEMBERED = 20  # measurements, of which the oldest and the newest give the rate
 _WAIT_FOR = 1e-3  # seconds of a step above which its end is waited for
 
@@ -104,7 +105,11 @@ class TimedRun(DistributedRun):
 
     def resume(self, trainer, progress=True):
         trainer.change_steps(max(trainer.steps, self.steps_done() + 1))  # room for their losses
-        return super().resume(trainer, progress)
+        seconds = super().resume(trainer, progress)
+        if seconds:  # the rate so far is a first guess
+            rate = trainer.step/seconds
+            trainer.change_steps(trainer.step + max(1, round(rate*self.end.left())))
+        return seconds
 
     def step(self, trainer, signals):
         is_first = not self.marks
@@ -128,10 +133,11 @@ class TimedRun(DistributedRun):
         first_left, first_step = self.marks[0]
         last_left, _ = self.marks[-1]
         elapsed = first_left - left
-        self.seconds_per_step = elapsed/(trainer.step - first_step)
+        self.seconds_per_step = max(elapsed, 1e-9)/(trainer.step - first_step)
+        is_due = elapsed >= _FIRST_LOOK and last_left - left >= min(_LOOK, elapsed/2)
         if left <= self.seconds_per_step/2:
             trainer.change_steps(trainer.step)
-        elif last_left - left >= min(_LOOK, elapsed/2) > 0:
+        elif is_due or trainer.done:
             self._mark(trainer)
             trainer.change_steps(trainer.step + max(1, round(left/self.seconds_per_step)))
 
