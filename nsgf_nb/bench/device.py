@@ -147,8 +147,8 @@ def time_solver(
     device: torch.device,
     deadline: Deadline,
     quick: bool = False,
-) -> dict:  # as `bench` of 49_speed_bench
-    "Pools and the large problem."
+) -> dict:  # ways, and workloads as in 49_speed_bench
+    "Pools and the large problem, those for which there is time."
     if quick:
         workloads = replace(QUICK, singles=(), large=(), growth_points=())
     else:
@@ -156,9 +156,16 @@ def time_solver(
         limits = Limits(seconds/2, seconds)
         workloads = replace(FULL, singles=(), growth_points=(), growth_batches=(),
                             growth_dimensions=(), pool_limits=limits, large_limits=limits)
-    ways = time_ways(device, workloads.pools, workloads.minibatches)
-    result = bench(workloads, None, str(device), provenance(device), progress=False)
-    return dict(result, ways=ways)
+    result = dict(ways=time_ways(device, workloads.pools, workloads.minibatches), workloads=[])
+    for group in ("pools", "large"):
+        for size in getattr(workloads, group):
+            if deadline.fits(0):
+                one = replace(workloads, pools=(), large=())
+                measured = bench(replace(one, **{group: (size,)}), None, str(device),
+                                 progress=False)
+                result["workloads"] += measured["workloads"]
+                result |= {name: measured[name] for name in ("versions", "absent", "threads")}
+    return result
 
 def time_ways(
     device: torch.device,
@@ -213,11 +220,14 @@ def make_step_trainer(
 
 def time_steps(
     trainer: Trainer,
-    seconds: float = 3.,  # to measure for, after 10 steps
+    seconds: float = 3.,  # to measure for, after 10 steps or as long
 ) -> float:  # seconds of a step
     "The mean time of a step."
+    start = time.perf_counter()
     for _ in range(10):
         next(trainer)
+        if time.perf_counter() - start > seconds:
+            break
     trainer.losses[-1].item()  # waits for the device
     first = trainer.step
     start = time.perf_counter()
@@ -331,6 +341,8 @@ def time_unet(
     "Training steps of the UNet for CIFAR-10."
     shape = (3, 32, 32)
     config = unet_config()
+    if device.type == "cpu":  # a step of 256 takes a quarter of a minute
+        config = replace(config, batch_size=8)
     seconds = 5.
     if quick:
         config = replace(config, channels=32, mult=(1, 2), blocks=1, batch_size=4, bf16=False)
