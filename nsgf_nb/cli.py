@@ -46,7 +46,7 @@ from .files import pretrained_names, read_json
 from .images import load_images
 from .nsgfpp import PARTS, NSGFPlusPlus
 from .runs.checkpoints import Terminated
-from .runs.minutes import Deadline
+from .runs.minutes import deadline_of
 from .targets import TARGETS, sample_2d
 from .training import find_device
 
@@ -58,8 +58,7 @@ def _deadline(args):
     for name, usual in (("parts", PARTS), ("pool", None)):
         if getattr(args, name) != usual:
             raise ValueError(f"--{name} cannot be combined with --minutes")
-    end_of_process = 1.
-    return Deadline(60*args.minutes - args.seconds_before - end_of_process)
+    return deadline_of(args)
 
 def _train(args):
     deadline = _deadline(args)

@@ -36,9 +36,8 @@ from nsgf_nb.bench.speed_curves import (
     relative_error,
 )
 from ..files import writable_folder, write_json
-from ..images import load_images
 from ..nsgf import NSGF
-from ..runs.minutes import Deadline
+from ..runs.minutes import Deadline, deadline_of
 from ..sinkhorn import divergence, velocity
 from ..targets import sample_2d
 from ..training import TrainConfig, Trainer, find_device, make_network, seeded
@@ -371,7 +370,6 @@ def train_cifar10(
     out=".",  # folder of the runs
 ) -> dict:  # the results by the names of the experiments
     "Train and measure each method. Raises `FileNotFoundError` without the images."
-    load_images("cifar10", "test")
     results = {}
     args = SimpleNamespace(name="classifier-cifar10", seeds=[0], out=out, device=device)
     train_classifiers(args, deadline.part(.12))
@@ -461,6 +459,6 @@ def register(
 def _command(args):
     if not 0 < args.minutes < math.inf:
         raise ValueError(f"--minutes must be positive, got {args.minutes:g}")
-    deadline = Deadline(60*args.minutes - args.seconds_before - 1.)
-    bench_device(find_device(args.device), deadline, args.out, args.quick, parts=args.parts)
+    bench_device(find_device(args.device), deadline_of(args), args.out, args.quick,
+                 parts=args.parts)
     print(f"wrote {Path(args.out)}/*.json")

@@ -34,7 +34,7 @@ from ..nsgf import NSGF, NSGFConfig
 from ..one_step import GeneratorConfig, SinkhornGenerator
 from ..runs.checkpoints import Checkpoint
 from ..runs.distributed import SharedDiskPool, SharedPool, ranks
-from ..runs.minutes import Deadline, bound_pool, run_within, timed_name
+from ..runs.minutes import Deadline, bound_pool, minutes_option, run_within, timed_name
 from ..targets import TARGETS, sample_2d, show_paths, show_snapshots, source_2d
 from ..training import find_device
 from ..units import Standardizer
@@ -204,8 +204,7 @@ def _command(name, seed, deadline=None):
         return f"nsgf demo --seed {seed}"
     if name not in EXPERIMENTS:
         return None
-    minutes = "" if deadline is None else f" --minutes {deadline.minutes():g}"
-    return f"nsgf train {name} --seeds {seed}{minutes}"
+    return f"nsgf train {name} --seeds {seed}{minutes_option(deadline)}"
 
 def _train(experiment, seed, device, progress, folder, pool, deadline=None):
     "The trained model; its weights go to `folder`, after Ctrl-C too."

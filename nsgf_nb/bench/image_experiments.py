@@ -46,7 +46,7 @@ from ..nsgfpp import PARTS, NSGFPlusPlus
 from ..one_step import GeneratorConfig, SinkhornGenerator
 from ..runs.checkpoints import Checkpoint, LongRun, file_lock
 from ..runs.distributed import SharedDiskPool, SharedPool, ranks
-from ..runs.minutes import Deadline, TimedRun, bound_pool, run_within, timed_name
+from ..runs.minutes import Deadline, bound_pool, minutes_option, run_within, timed_name
 from ..semidiscrete import SemidiscretePlan
 from ..training import TrainConfig
 
@@ -272,7 +272,7 @@ def _make_once(path, make):
 def _make_within(path, make, deadline):
     "The same in a share of the time, by all ranks together."
     if not ranks().of_main(path.exists()):
-        made = make(TimedRun(None, deadline, _BEFORE))
+        made = make(run_within(None, deadline, _BEFORE))
         if ranks().main:
             made.save(path)
         ranks().wait()
@@ -285,7 +285,7 @@ def _shared_plan(experiment, model, data, folder, progress, deadline):
     name = f"{e.data}-{len(data)}-rank{e.plan_rank}-blur{e.plan_blur:g}.safetensors"
     path = folder.parent.parent/"plans"/name
     if deadline is not None and not path.exists():
-        return make(TimedRun(folder/"couplings.checkpoint", deadline, _BEFORE))
+        return make(run_within(folder/"couplings.checkpoint", deadline, _BEFORE))
     _make_once(path, make)
     return SemidiscretePlan.load(path, device=model.device)
 
@@ -330,7 +330,7 @@ def _fit_options(experiment, model, data, labels, folder, pool, progress, deadli
         seconds["couplings"] = sum(options["plan"].seconds.values())
     if deadline is not None and coupling is not None:
         classes = len(labels.unique()) if experiment.classes else 1
-        options["plan_loop"] = TimedRun(None, deadline, _BEFORE/classes)
+        options["plan_loop"] = run_within(None, deadline, _BEFORE/classes)
     return options, seconds
 
 def _bound_delivered(model, data, deadline):
@@ -448,8 +448,7 @@ def run_images(
     experiment = _quick(experiment) if quick else experiment
     most = 2000 if quick else None
     command = f"nsgf train {name} --seeds {seed}{' --quick' if quick else ''}"
-    if deadline is not None:
-        command += f" --minutes {deadline.minutes():g}"
+    command += minutes_option(deadline)
     folder = writable_folder(Path(out)/timed_name(name, deadline)/f"seed{seed}")
     test = load_images(experiment.data, "test") if data is None else None
     if data is None:
